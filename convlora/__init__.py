@@ -1,0 +1,31 @@
+"""convlora: parameter-efficient adapters for convolutional generators.
+
+import convlora
+
+adapter = convlora.inject_lora(model, rank=1)  # in place; the output stays the same until you train
+optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-3)
+...
+adapter.save("me.safetensors")
+convlora.load_adapter(fresh_model, "me.safetensors")
+"""
+
+from convlora._version import __version__ as __version__
+from convlora.adapter import Adapter as Adapter
+from convlora.errors import ConvloraError as ConvloraError
+from convlora.inject import inject as inject
+from convlora.inject import inject_lora as inject_lora
+from convlora.layers import register_layer as register_layer
+from convlora.load import load_adapter as load_adapter
+from convlora.methods import METHODS as METHODS
+from convlora.targets import adaptable as adaptable
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "ConvloraError",
+    "adaptable",
+    "inject",
+    "inject_lora",
+    "load_adapter",
+    "register_layer",
+]

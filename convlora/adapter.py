@@ -1,0 +1,373 @@
+"""The handle of one adapter on one model, and the record of it that the model carries."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from convlora import files
+from convlora.attach import base_parameters, detach, find_change, is_merged, merge, unmerge
+from convlora.errors import ConvloraError, FileError, TargetError
+from convlora.fingerprint import fingerprint
+from convlora.layers import Slot, as_matrix, find_slot
+from convlora.methods import Change, Full, LowRankChange
+
+_REGISTRY = "_convlora"  # in the model's __dict__, so that deepcopy and torch.save take it along
+
+
+@dataclass
+class Record:
+    """What an adapter is, apart from its tensors: enough to build it again on the same base model."""
+
+    name: str
+    method: str
+    ranks: dict[str, tuple[int, int]]  # {module name: (nominal rank, inner size)}
+    options: dict[str, Any]
+    trained: list[str]  # parameter names
+    buffers: list[str]  # buffer names, saved with the trained tensors
+    base_fingerprint: str
+
+    def slot(self, model: nn.Module, layer: str) -> Slot:
+        slot = find_slot(model.get_submodule(layer))
+        if slot is None:
+            raise ConvloraError(f"module {layer!r} no longer holds a weight that can be adapted")
+        return slot
+
+    def parameter_slot(self, model: nn.Module, parameter: str) -> Slot:
+        owner, _, name = parameter.rpartition(".")
+        return Slot(model.get_submodule(owner), name)
+
+    def slots(self, model: nn.Module) -> dict[str, Slot]:
+        """Every slot this adapter acts on, by its name in files: `<module>` or `train/<parameter>`."""
+        layers = {layer: self.slot(model, layer) for layer in self.ranks}
+        return layers | {f"train/{name}": self.parameter_slot(model, name) for name in self.trained}
+
+
+@dataclass
+class _Registry:
+    trainable: list[str]  # parameters that were trainable before the first adapter froze them
+    records: dict[str, Record] = field(default_factory=dict)
+    base_buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    idle_buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of adapters that are disabled
+
+
+def new_record(
+    model: nn.Module, name: str, method: str, ranks: dict[str, tuple[int, int]], options: dict[str, Any],
+    trained: list[str], buffers: list[str],
+) -> Record:  # fmt: skip
+    return Record(name, method, ranks, options, trained, buffers, fingerprint(model))
+
+
+def register(model: nn.Module, record: Record) -> Adapter:
+    """Enter a record into the model's registry; `convlora.inject` attaches the changes."""
+    if _REGISTRY not in model.__dict__:
+        trainable = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
+        model.__dict__[_REGISTRY] = _Registry(trainable)
+    registry: _Registry = model.__dict__[_REGISTRY]
+    registry.records[record.name] = record
+    registry.base_buffers[record.name] = {name: _buffer(model, name).clone() for name in record.buffers}
+    return Adapter(model, record.name)
+
+
+class Adapter:
+    """One named adapter on a model. `convlora.inject_lora` makes it; `Adapter.of(model)` finds it again."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model
+        self.name = name
+
+    @staticmethod
+    def of(model: nn.Module, name: str = "default") -> Adapter:
+        """The handle of an adapter that is already on `model` (a deep copy or an unpickled model, say)."""
+        if name not in Adapter.names(model):
+            have = ", ".join(Adapter.names(model)) or "none"
+            raise ConvloraError(f"{type(model).__name__} has no adapter named {name!r}; it has: {have}")
+        return Adapter(model, name)
+
+    @staticmethod
+    def names(model: nn.Module) -> list[str]:
+        """Names of the adapters on `model`, oldest first."""
+        registry = model.__dict__.get(_REGISTRY)
+        return list(registry.records) if registry is not None else []
+
+    # ------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def record(self) -> Record:
+        registry = self.model.__dict__.get(_REGISTRY)
+        if registry is None or self.name not in registry.records:
+            raise ConvloraError(f"adapter {self.name!r} was removed from this model")
+        return cast(Record, registry.records[self.name])
+
+    @property
+    def method(self) -> str:
+        return self.record.method
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.record.options)
+
+    @property
+    def layers(self) -> dict[str, Change]:
+        """`{module name: change}` of the adapted layers, in model order."""
+        return {layer: self._change(self.record.slot(self.model, layer)) for layer in self.record.ranks}
+
+    @property
+    def trained(self) -> dict[str, Full]:
+        """`{parameter name: change}` of the tensors trained in full (`train=`)."""
+        slots = {name: self.record.parameter_slot(self.model, name) for name in self.record.trained}
+        return {name: cast(Full, self._change(slot)) for name, slot in slots.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Values in the change's own tensors, without those of `train=`."""
+        return sum(p.numel() for change in self.layers.values() for p in change.parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """All trainable values, those of `train=` included."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def merged(self) -> bool:
+        return any(is_merged(slot, self.name) for slot in self.record.slots(self.model).values())
+
+    @property
+    def enabled(self) -> bool:
+        return all(change.enabled for change in self._changes())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All trainable tensors, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`("<module>/<tensor>", parameter)`, and `("train/<parameter>", parameter)` for those of `train=`."""
+        for layer, change in self.layers.items():
+            for tensor, parameter in change.named_parameters():
+                yield f"{layer}/{tensor}", parameter
+        for name, full in self.trained.items():
+            yield f"train/{name}", full.value
+
+    def delta(self, module_name: str) -> Tensor:
+        """ΔW of one layer at its present strength, in the weight's own shape and raw units."""
+        if module_name not in self.record.ranks:
+            raise TargetError(
+                f"adapter {self.name!r} has no layer {module_name!r}; it has {', '.join(self.record.ranks)}"
+            )
+        slot = self.record.slot(self.model, module_name)
+        change, w0 = self._change(slot), self._base(slot)
+        return (change.strength * change.delta(as_matrix(w0))).view(w0.shape)
+
+    def summary(self) -> str:
+        """A table: layer, matrix, rank, values, and how large ΔW is beside W₀."""
+        rows = [("layer", "matrix", "rank", "values", "‖ΔW‖/‖W₀‖")]
+        with torch.no_grad():
+            for layer, change in self.layers.items():
+                w0 = self._base(self.record.slot(self.model, layer))
+                ratio = float(self.delta(layer).norm() / w0.norm().clamp_min(1e-30))
+                out, cols = as_matrix(w0).shape
+                values = sum(p.numel() for p in change.parameters())
+                rows.append(
+                    (
+                        layer,
+                        f"{out} × {cols}",
+                        str(self.record.ranks[layer][1]),
+                        f"{values:,}",
+                        f"{ratio:.2%}",
+                    )
+                )
+        rows += [(name, "trained in full", "", f"{full.value.numel():,}", "") for name, full in self.trained.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        head = f"adapter {self.name!r}: {self.method}, {len(self.layers)} layers, {self.num_trainable:,} trainable"
+        return "\n".join([head, *lines])
+
+    def __repr__(self) -> str:
+        record = self.record
+        return (
+            f"<Adapter {self.name!r}: {record.method} on {len(record.ranks)} layers, {self.num_trainable:,} trainable>"
+        )
+
+    # ------------------------------------------------------------------------------------- switching it
+
+    def set_strength(self, strength: float | Mapping[str, float]) -> None:
+        """Scale ΔW: everywhere, or `{glob of module or parameter names: strength}`, first match wins, others stay."""
+        self._refuse_if_merged("set its strength")
+        globs = strength if isinstance(strength, Mapping) else {"*": strength}
+        changes: dict[str, Change] = {**self.layers, **self.trained}
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in changes):
+                raise TargetError(
+                    f"set_strength: {glob!r} matches no layer of adapter {self.name!r}: {', '.join(changes)}"
+                )
+        for name, change in changes.items():
+            value = next((value for glob, value in globs.items() if fnmatch.fnmatchcase(name, glob)), None)
+            if value is not None:
+                change.strength = torch.full_like(change.strength, value)
+
+    def enable(self) -> None:
+        """Let the adapter act again."""
+        self._switch(True)
+
+    def disable(self) -> None:
+        """Let the model compute exactly as without this adapter, until `enable()`."""
+        self._refuse_if_merged("disable it")
+        self._switch(False)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside `with adapter.disabled():` the model computes exactly as without this adapter."""
+        was_merged, was_enabled = self.merged, self.enabled
+        if was_merged:
+            self.unmerge()
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(was_enabled)
+            if was_merged:
+                self.merge()
+
+    def merge(self, keep: bool = True) -> None:
+        """Write the change into the base weights: the model is then a plain one, with its own keys and classes.
+
+        `keep=False` forgets the adapter for good; otherwise `unmerge()` puts the very same base tensors back.
+        """
+        self._refuse_if_merged("merge it again")
+        if not self.enabled:
+            raise ConvloraError(f"adapter {self.name!r} is disabled: call enable() before merge()")
+        for slot in self.record.slots(self.model).values():
+            merge(slot, self.name, keep)
+        if not keep:
+            self._forget(restore=False)
+
+    def unmerge(self) -> None:
+        """Undo `merge()`, bit for bit."""
+        if not self.merged:
+            raise ConvloraError(f"adapter {self.name!r} is not merged")
+        for slot in self.record.slots(self.model).values():
+            unmerge(slot, self.name)
+
+    def remove(self) -> None:
+        """Take the adapter off: weights, classes, state-dict keys and requires_grad are as before it came."""
+        if self.merged:
+            self.unmerge()
+        self._switch(True)
+        for slot in self.record.slots(self.model).values():
+            detach(slot, self.name)
+        self._forget(restore=True)
+
+    # ------------------------------------------------------------------------------------- its tensors, its file
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`{"<module>/<tensor>" | "train/<parameter or buffer>": tensor}`, detached, sharing storage."""
+        state = {
+            f"{layer}/{key}": value
+            for layer, change in self.layers.items()
+            for key, value in change.state_dict().items()
+        }
+        state |= {f"train/{name}": full.value.detach() for name, full in self.trained.items()}
+        registry: _Registry = self.model.__dict__[_REGISTRY]
+        tuned = registry.idle_buffers.get(self.name, {})
+        return state | {f"train/{name}": tuned.get(name, _buffer(self.model, name)) for name in self.record.buffers}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors in; keys and shapes must be exactly this adapter's, otherwise nothing changes."""
+        own = self.state_dict()
+        check_state(own, state, f"adapter {self.name!r}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, **metadata: str) -> Path:
+        """Write one safetensors file, atomically.
+
+        `dtype` (float32, float16, bfloat16) is that of the tensors in the file; None keeps theirs. `metadata`
+        adds text fields such as `base_model`, `person`, `consent`.
+        """
+        record = self.record
+        tensors = {key: files.cast(tensor, dtype) for key, tensor in self.state_dict().items()}
+        return files.write(Path(path), tensors, files.metadata_of(record, metadata))
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _change(self, slot: Slot) -> Change:
+        change = find_change(slot, self.name)
+        if change is None:
+            raise ConvloraError(f"the change of adapter {self.name!r} on {slot.parameter} was taken off by other code")
+        return change
+
+    def _changes(self) -> list[Change]:
+        return [self._change(slot) for slot in self.record.slots(self.model).values()]
+
+    def _base(self, slot: Slot) -> Tensor:
+        entries = slot.owner.__dict__.get("_convlora_merged", ())
+        originals = [
+            entry.original for entry in entries if (entry.parameter, entry.adapter) == (slot.parameter, self.name)
+        ]
+        return originals[0].detach() if originals else slot.tensor.detach()
+
+    def _switch(self, on: bool) -> None:
+        for change in self._changes():
+            change.enabled = on
+        # A buffer of a module trained in full (a running mean) has no property to hide behind: swap it.
+        registry: _Registry = self.model.__dict__[_REGISTRY]
+        idle = registry.idle_buffers.get(self.name)
+        if on and idle is not None:
+            for name, tensor in registry.idle_buffers.pop(self.name).items():
+                _set_buffer(self.model, name, tensor)
+        elif not on and idle is None:
+            registry.idle_buffers[self.name] = {name: _buffer(self.model, name) for name in self.record.buffers}
+            for name, tensor in registry.base_buffers[self.name].items():
+                _set_buffer(self.model, name, tensor.clone().to(_buffer(self.model, name).device))
+
+    def _refuse_if_merged(self, action: str) -> None:
+        if self.merged:
+            raise ConvloraError(f"adapter {self.name!r} is merged; unmerge() before you {action}")
+
+    def _forget(self, restore: bool) -> None:
+        registry: _Registry = self.model.__dict__[_REGISTRY]
+        if restore:
+            for name, tensor in registry.base_buffers[self.name].items():
+                _buffer(self.model, name).copy_(tensor)
+        del registry.records[self.name], registry.base_buffers[self.name]
+        if not registry.records:
+            trainable = set(registry.trainable)
+            for name, parameter in base_parameters(self.model):
+                parameter.requires_grad_(name in trainable)
+            del self.model.__dict__[_REGISTRY]
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], whose: str) -> None:
+    """Raise `FileError` unless `state` has exactly the keys and shapes of `own`."""
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    if missing or unexpected:
+        raise FileError(
+            f"{whose}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}; nothing was loaded"
+        )
+    for key, tensor in own.items():
+        if state[key].shape != tensor.shape:
+            raise FileError(
+                f"{whose}: tensor {key!r} has shape {list(state[key].shape)} where {list(tensor.shape)} belongs; "
+                "nothing was loaded"
+            )
+
+
+def _buffer(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return cast(Tensor, model.get_submodule(owner)._buffers[leaf])
+
+
+def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._buffers[leaf] = tensor
+
+
+__all__ = ["Adapter", "LowRankChange", "Record"]

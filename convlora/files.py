@@ -1,0 +1,118 @@
+"""Adapter files: one safetensors file with text metadata. Read fully and checked before anything is touched."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from convlora._version import __version__
+from convlora.errors import ConvloraError, FileError
+
+if TYPE_CHECKING:
+    from convlora.adapter import Record
+
+FORMAT_VERSION = "1"
+_FIELDS = ("format", "format_version", "method", "options", "ranks", "trained", "buffers", "base_fingerprint")
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write atomically: a temporary file beside `path`, fsynced, renamed. A reader never sees half a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; give a file name, such as {path / 'adapter.safetensors'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+            temporary,
+            dict(metadata),
+        )
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp's 0600 would surprise whoever shares the folder; give it what open() would have given
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file; `FileError` if it is missing, truncated or no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(
+            f"{path} cannot be read as safetensors ({error}); it may be truncated: copy or download it again"
+        ) from None
+
+
+def metadata_of(record: Record, extra: Mapping[str, str]) -> dict[str, str]:
+    taken = sorted(set(extra) & {*_FIELDS, "library_version", "created"})
+    if taken:
+        raise FileError(f"metadata fields {taken} are written by convlora itself; choose other names")
+    return {
+        "format": "convlora",
+        "format_version": FORMAT_VERSION,
+        "method": record.method,
+        "options": json.dumps(record.options),
+        "ranks": json.dumps(record.ranks),
+        "trained": json.dumps(record.trained),
+        "buffers": json.dumps(record.buffers),
+        "base_fingerprint": record.base_fingerprint,
+        "library_version": __version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **{key: str(value) for key, value in extra.items()},
+    }
+
+
+def record_fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a `Record` from a file's metadata, checked."""
+    if metadata.get("format") != "convlora":
+        raise FileError(f"{path} is no convlora adapter (metadata format={metadata.get('format')!r})")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise FileError(
+            f"{path} has format version {metadata.get('format_version')!r}, this convlora {__version__} reads "
+            f"{FORMAT_VERSION!r}: pip install --upgrade convlora"
+        )
+    try:
+        return {
+            "method": metadata["method"],
+            "options": dict(json.loads(metadata["options"])),
+            "ranks": {
+                layer: (int(nominal), int(inner)) for layer, (nominal, inner) in json.loads(metadata["ranks"]).items()
+            },
+            "trained": list(json.loads(metadata["trained"])),
+            "buffers": list(json.loads(metadata["buffers"])),
+            "base_fingerprint": metadata["base_fingerprint"],
+        }
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"{path}: damaged adapter metadata ({type(error).__name__}: {error})") from None
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast to a file's dtype; integers, and scalars such as LoRA's scale, keep theirs."""
+    if dtype is None or not tensor.is_floating_point() or tensor.ndim == 0:
+        return tensor
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ConvloraError(f"dtype must be float32, float16, bfloat16 or float64, not {dtype}")
+    return tensor.to(dtype)

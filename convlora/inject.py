@@ -1,0 +1,162 @@
+"""Select layers, build their changes, attach them: all, or nothing where any of it fails."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from convlora.adapter import Adapter, Record, new_record, register
+from convlora.attach import attach, base_parameters, find_change
+from convlora.errors import ConvloraError, TargetError
+from convlora.layers import LowRankForward, as_matrix, low_rank_forward
+from convlora.methods import METHODS, Change, Full, LowRankChange
+from convlora.targets import Patterns, resolve_ranks, select_buffers, select_layers, select_parameters
+
+Path = Literal["auto", "weight", "low_rank"]
+
+# Below this many weights the low-rank path's small operations cost more than the weight gradient they save.
+LOW_RANK_FROM = 1 << 18
+
+
+def inject_lora(
+    model: nn.Module,
+    rank: int = 1,
+    alpha: float | Mapping[str, float] | None = None,
+    targets: Patterns | None = None,
+    exclude: Patterns | None = None,
+    ranks: Mapping[str, int] | None = None,
+    rank_per: Literal["matrix", "kernel"] = "matrix",
+    train: Patterns = (),
+    name: str = "default",
+    *,
+    relative: bool = True,
+    path: Path = "auto",
+) -> Adapter:
+    """Put a LoRA adapter on `model`, in place; everything else is frozen. Returns its handle.
+
+    The model's output stays the same, bit for bit, until the adapter is trained: `adapter.parameters()`.
+
+    Args:
+        rank: true rank of every ΔW, 1 ≤ rank ≤ min(out, cols) of each layer's im2col matrix.
+        alpha: ΔW is scaled by alpha/rank; None means alpha = rank. `{glob: alpha}` sets it per layer.
+        targets, exclude: a glob on dotted module names (`*` crosses dots), a compiled regular expression
+            (searched), a callable `(name, module) -> bool`, or a list of these. None: every adaptable layer.
+        ranks: `{glob: rank}`, first match wins; 0 leaves the layer out.
+        rank_per: "matrix", or "kernel" to multiply a convolution's rank by its kernel side, as My3DGen's
+            released code does (its "rank 1" has inner size 3 on a 3×3 layer).
+        train: patterns of parameters, or of modules, that are trained in full and saved with the adapter.
+        relative: scale ΔW by the weight's own size (see `convlora.methods.lora`); False is the textbook LoRA.
+        path: "weight" computes with W₀ + ΔW, "low_rank" without ever forming a full-size weight gradient,
+            "auto" chooses per layer by size.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        RankError: a rank is below 1 or above a layer's limit.
+        ConvloraError: the name is taken, or not usable as a module name.
+    """
+    return inject(
+        model, "lora", rank, alpha=alpha, targets=targets, exclude=exclude, ranks=ranks, rank_per=rank_per,
+        train=train, name=name, relative=relative, path=path,
+    )  # fmt: skip
+
+
+def inject(
+    model: nn.Module,
+    method: str,
+    rank: int = 1,
+    *,
+    alpha: float | Mapping[str, float] | None = None,
+    targets: Patterns | None = None,
+    exclude: Patterns | None = None,
+    ranks: Mapping[str, int] | None = None,
+    rank_per: Literal["matrix", "kernel"] = "matrix",
+    train: Patterns = (),
+    name: str = "default",
+    path: Path = "auto",
+    **options: Any,
+) -> Adapter:
+    """As `inject_lora`, for any method of `convlora.METHODS`; `options` go to the method."""
+    check_name(model, name)
+    layers = select_layers(model, targets, exclude)
+    trained = select_parameters(model, train)
+    tensors = {id(slot.tensor) for slot in trained.values()}
+    layers = {layer: slot for layer, slot in layers.items() if id(slot.tensor) not in tensors}
+    resolved = resolve_ranks(layers, rank, ranks, rank_per)
+    alphas = {layer: _alpha_of(layer, alpha) for layer in resolved}
+    record = new_record(
+        model, name, method, resolved,
+        {"alpha": alphas if isinstance(alpha, Mapping) else alpha, "rank_per": rank_per, "path": path, **options},
+        list(trained), select_buffers(model, train),
+    )  # fmt: skip
+    return install(model, record, *build(model, record))
+
+
+def build(model: nn.Module, record: Record) -> tuple[dict[str, Change], dict[str, Full]]:
+    """The changes that a record describes, freshly initialised and not yet attached."""
+    if record.method not in METHODS:
+        raise ConvloraError(f"unknown method {record.method!r}; convlora has {', '.join(METHODS)}")
+    options = {key: value for key, value in record.options.items() if key not in ("alpha", "rank_per", "path")}
+    changes: dict[str, Change] = {}
+    for layer, (rank, inner) in record.ranks.items():
+        w0 = as_matrix(record.slot(model, layer).tensor.detach())
+        alpha = _alpha_of(layer, record.options.get("alpha"))
+        changes[layer] = METHODS[record.method](w0, rank, alpha=alpha, inner=inner, **options)  # type: ignore[call-arg]
+    trained = {name: Full(record.parameter_slot(model, name).tensor) for name in record.trained}
+    return changes, trained
+
+
+def install(model: nn.Module, record: Record, changes: dict[str, Change], trained: dict[str, Full]) -> Adapter:
+    """Attach built changes and freeze the base; a failure half-way leaves the model as it was."""
+    if not changes and not trained:
+        raise TargetError("nothing to train: every selected layer has rank 0 and train= is empty")
+    path = record.options["path"]
+    if path not in ("auto", "weight", "low_rank"):
+        raise ConvloraError(f'path must be "auto", "weight" or "low_rank", not {path!r}')
+    forwards = {layer: _forward_for(model, layer, change, path) for layer, change in changes.items()}
+    slots = {layer: record.slot(model, layer) for layer in changes}
+    for layer, slot in slots.items():
+        if find_change(slot, record.name) is not None:
+            raise ConvloraError(f"layer {layer!r} already has a change named {record.name!r}; pass another name=")
+    adapter = register(model, record)
+    for layer, change in changes.items():
+        attach(slots[layer], record.name, change, forwards[layer])
+    for parameter, full in trained.items():
+        attach(record.parameter_slot(model, parameter), record.name, full)
+    for _, tensor in base_parameters(model):
+        tensor.requires_grad_(False)
+    return adapter
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    if not name.isidentifier() or name in dir(nn.ModuleDict):
+        raise ConvloraError(f"an adapter's name must be a plain word (letters, digits, _), not {name!r}")
+    if name in Adapter.names(model):
+        raise ConvloraError(
+            f"the model already has an adapter named {name!r}; pass another name=, or remove it first: "
+            f"convlora.Adapter.of(model, {name!r}).remove()"
+        )
+
+
+def _alpha_of(layer: str, alpha: float | Mapping[str, float] | None) -> float | None:
+    if isinstance(alpha, Mapping):
+        return next((value for glob, value in alpha.items() if fnmatch.fnmatchcase(layer, glob)), None)
+    return alpha
+
+
+def _forward_for(model: nn.Module, layer: str, change: Change, path: Path) -> LowRankForward | None:
+    module = model.get_submodule(layer)
+    forward = low_rank_forward(module) if isinstance(change, LowRankChange) else None
+    if path == "low_rank" and forward is None:
+        raise ConvloraError(
+            f'path="low_rank": layer {layer!r} ({type(module).__name__}) has no low-rank forward; use "auto"'
+        )
+    if path == "weight" or (path == "auto" and _weights(module) < LOW_RANK_FROM):
+        return None
+    return forward
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)

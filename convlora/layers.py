@@ -1,0 +1,180 @@
+"""Layer kinds: where a module keeps its raw weight, how that weight is a matrix, and its low-rank forward.
+
+This is the only place that knows layer kinds. Other packages add theirs with `register_layer`; the matrix
+view is the same for all: `weight.flatten(1)`, which is im2col `out × in/groups·kh·kw` for convolutions and
+`in × out/groups·kh·kw` for transposed ones, as torch stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from convlora.errors import ConvloraError
+
+
+class Slot(NamedTuple):
+    """The raw tensor behind a layer's weight: `owner._parameters[parameter]`."""
+
+    owner: nn.Module
+    parameter: str
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor = self.owner._parameters[self.parameter]
+        assert tensor is not None  # find_slot only returns slots that hold a tensor
+        return tensor
+
+
+class LowRankWeight(NamedTuple):
+    """A weight that was not multiplied out: `base + (left @ right)` in base's shape."""
+
+    base: Tensor
+    left: Tensor  # (out, r)
+    right: Tensor  # (r, cols)
+
+    def dense(self) -> Tensor:
+        return self.base + (self.left @ self.right).view_as(self.base)
+
+
+#: A kind's forward with a weight that stays factored: `(module, weight, *forward's arguments) -> output`.
+LowRankForward = Callable[..., Any]
+
+
+class LayerKind(NamedTuple):
+    matches: Callable[[nn.Module], bool]
+    parameter: str
+    low_rank: LowRankForward | None
+
+
+_REGISTERED: list[LayerKind] = []
+
+# Modules whose `weight` has two or more dimensions without being a linear map of features.
+_NOT_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
+_CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+
+
+def register_layer(
+    layer: type[nn.Module] | Callable[[nn.Module], bool],
+    *,
+    parameter: str = "weight",
+    low_rank: LowRankForward | None = None,
+) -> None:
+    """Teach convlora a layer kind: `layer` is a class (subclasses included) or a predicate on modules.
+
+    `parameter` names the raw tensor (2 or more dimensions) that the module reads as `self.<parameter>` in its
+    forward. `low_rank(module, weight, *args, **kwargs)` computes the forward with a `LowRankWeight`; without
+    it, the layer computes with the full effective weight. The last registration that matches wins.
+    """
+    if isinstance(layer, type):
+        if not issubclass(layer, nn.Module):
+            raise ConvloraError(f"register_layer needs an nn.Module class or a predicate, not {layer!r}")
+        cls = layer
+        matches: Callable[[nn.Module], bool] = lambda module: isinstance(module, cls)  # noqa: E731
+    elif callable(layer):
+        matches = layer
+    else:
+        raise ConvloraError(f"register_layer needs an nn.Module class or a predicate, not {layer!r}")
+    _REGISTERED.insert(0, LayerKind(matches, parameter, low_rank))
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The matrix view `(out, cols)` of a weight in any memory format; vectors and scalars become one row."""
+    return weight.flatten(1) if weight.ndim >= 2 else weight.reshape(1, -1)
+
+
+def kernel_side(weight: Tensor) -> int:
+    """The kernel side k of a convolution weight; 1 for a linear layer."""
+    return max(weight.shape[2:], default=1)
+
+
+def find_slot(module: nn.Module) -> Slot | None:
+    """Where the raw weight of a layer lives, or None if the module is no layer that can be adapted.
+
+    Under `weight_norm` and `spectral_norm` (old hooks, new parametrizations, any parametrization that keeps
+    the shape) this is the raw tensor *below* the normalisation, so that a merge adds to that tensor.
+    """
+    kind = _registered_kind(module)
+    if kind is not None:
+        return _slot(module, kind.parameter)
+    if isinstance(module, (*_NOT_LAYERS, torch.jit.ScriptModule)):
+        return None
+    if parametrize.is_parametrized(module, "weight"):
+        return _slot_below(module.parametrizations["weight"], module.weight)  # type: ignore[index, arg-type]
+    for parameter in (
+        "weight",
+        "weight_v",
+        "weight_orig",
+    ):  # the last two: old weight_norm, old spectral_norm
+        slot = _slot(module, parameter)
+        if slot is not None:
+            return slot
+    return None
+
+
+def low_rank_forward(module: nn.Module) -> LowRankForward | None:
+    """The low-rank forward for this module, or None where only the full effective weight is right."""
+    kind = _registered_kind(module)
+    if kind is not None:
+        return kind.low_rank
+    if "weight" not in module._parameters:
+        return None  # a normalised weight: the map from raw tensor to weight is not linear
+    cls: Any = own_class(module)
+    # A subclass that overrides how the weight is used (to rescale it, say) is not the plain map any more.
+    if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
+        return _linear
+    plain: Any
+    for plain in _CONVS:
+        if isinstance(module, plain):
+            untouched = cls.forward is plain.forward and cls._conv_forward is plain._conv_forward
+            return _conv if untouched else None
+    return None
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without the subclass that `convlora.attach` generated for it."""
+    return type(module).__dict__.get("_convlora_base", type(module))
+
+
+def _registered_kind(module: nn.Module) -> LayerKind | None:
+    return next((kind for kind in _REGISTERED if kind.matches(module)), None)
+
+
+def _slot(owner: nn.Module, parameter: str) -> Slot | None:
+    tensor = owner._parameters.get(parameter)
+    if tensor is None or isinstance(tensor, nn.UninitializedParameter):
+        return None
+    return Slot(owner, parameter) if tensor.ndim >= 2 and tensor.is_floating_point() else None
+
+
+def _slot_below(originals: nn.Module, weight: Tensor) -> Slot | None:
+    # weight_norm keeps (g, v) as original0, original1; the direction v is the one of the weight's own shape.
+    names = [
+        name for name, tensor in originals._parameters.items() if tensor is not None and tensor.shape == weight.shape
+    ]
+    return _slot(originals, names[-1]) if names else None
+
+
+def _linear(module: nn.Linear, weight: LowRankWeight, x: Tensor) -> Tensor:
+    return F.linear(x, weight.base, module.bias) + F.linear(F.linear(x, weight.right), weight.left)
+
+
+def _conv(module: nn.Conv2d, weight: LowRankWeight, x: Tensor) -> Tensor:
+    """First the module's own geometry with r filters (per group), then a 1×1 convolution to the outputs."""
+    base, left, right = weight
+    spatial = base.shape[2:]
+    rank, groups = right.shape[0], module.groups
+    filters = right.view(rank, *base.shape[1:]).repeat(groups, *[1] * (base.ndim - 1))
+    hidden = module._conv_forward(x, filters, None)
+    point = left.view(*left.shape, *[1] * len(spatial))
+    convolve = next(function for kind, function in _CONVS.items() if isinstance(module, kind))
+    return module._conv_forward(x, base, module.bias) + convolve(hidden, point, groups=groups)
