@@ -98,9 +98,7 @@ def test_every_package_is_listed() -> None:
 def test_every_source_is_in_a_package() -> None:
     files = shipped_files()
     stray = [
-        path
-        for path in files
-        if path.endswith(".py") and str(PurePosixPath(path).parent / "__init__.py") not in files
+        path for path in files if path.endswith(".py") and str(PurePosixPath(path).parent / "__init__.py") not in files
     ]
     assert not stray, f"no __init__.py beside {stray}: not installed"
 

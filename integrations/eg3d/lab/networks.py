@@ -1,0 +1,200 @@
+"""Two small networks trained on the procedural world: a perceptual net and an identity encoder.
+
+The perceptual net regresses the parameters of a head from a photo; its features give a distance in the
+manner of LPIPS (Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
+2018), without LPIPS' learned weights. The identity encoder is a small residual network trained with an
+additive margin (Wang et al., "CosFace", 2018) on people whose expression, light, hair and pose vary.
+Both were trained on drawings of the lab only and know nothing about photographs of real people.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convlora.errors import ConvloraError, FileError
+
+PARTS = ("perceptual", "identity")
+
+
+class PerceptualNet(nn.Module):
+    """A plain convolution stack, a head for the world's parameters and one for the camera's angles.
+
+    Images are (N, 3, R, R) in [-1, 1] with R of 32 or more. Labels are the 25 camera numbers of EG3D: knowing
+    the pose, the head can tell a turned face from an asymmetric one.
+    """
+
+    def __init__(self, param_dim: int, widths: tuple[int, ...] = (24, 48, 96, 128, 128), head: int = 256):
+        super().__init__()
+        self.config = {"param_dim": param_dim, "widths": list(widths), "head": head}
+        inputs = (3, *widths[:-1])
+        self.stages = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, widths, strict=True))
+        for conv in self.stages:
+            nn.init.kaiming_normal_(conv.weight, a=0.1)
+            nn.init.zeros_(conv.bias)
+        self.squeeze = nn.Conv2d(widths[-1], 48, 1)
+        self.hidden = nn.Linear(48 * 16, head)
+        self.camera = nn.Linear(head, 2)
+        self.params = nn.Linear(head + 12, param_dim)
+        self.mix = nn.Linear(head + 12, head)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The activations of every stage, finest first: (N, width, R / 2**stage, R / 2**stage)."""
+        x, out = images, []
+        for index, conv in enumerate(self.stages):
+            if index:
+                x = F.avg_pool2d(x, 2)
+            x = F.leaky_relu(conv(x), 0.1)
+            out.append(x)
+        return out
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates of the world's parameters (N, param_dim) and of (yaw, pitch) in radians (N, 2)."""
+        top = F.adaptive_avg_pool2d(F.leaky_relu(self.squeeze(self.features(images)[-1]), 0.1), 4)
+        hidden = F.leaky_relu(self.hidden(top.flatten(1)), 0.1)
+        pose = labels.to(hidden)[:, :16].view(-1, 4, 4)[:, :3].flatten(1)
+        known = torch.cat([hidden, pose], 1)
+        mixed = F.leaky_relu(self.mix(known), 0.1)
+        return self.params(torch.cat([mixed, pose], 1)), self.camera(hidden)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Perceptual distance (N,) between two batches of images of one size, 0 for equal ones."""
+        return features_distance(self.features(a), self.features(b))
+
+
+class Residual(nn.Module):
+    """Two 3×3 convolutions with batch normalisation and a shortcut; halves the resolution if asked."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.conv0 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm0 = nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False) if (inputs, stride) != (outputs, 1) else None
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(F.relu(self.norm0(self.conv0(x)))))
+        if self.skip is not None:
+            x = self.skip(F.avg_pool2d(x, 2) if self.stride == 2 else x)
+        return F.relu(x + y)
+
+
+class IdentityEncoder(nn.Module):
+    """Unit embeddings (N, 128) of photos (N, 3, R, R) in [-1, 1]; two photos are compared by their dot product.
+
+    Any R from 64 up is averaged down to 64. `describe` also returns an estimate of the identity parameters,
+    which steers the training and is not used for verification.
+    """
+
+    size = 64
+
+    def __init__(self, identity_dim: int, widths: tuple[int, ...] = (32, 48, 96, 160), embedding: int = 128):
+        super().__init__()
+        self.config = {"identity_dim": identity_dim, "widths": list(widths), "embedding": embedding}
+        self.stem = nn.Conv2d(3, widths[0], 3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        blocks = [Residual(widths[0], widths[0])]
+        for inputs, outputs in zip(widths, widths[1:]):
+            blocks += [Residual(inputs, outputs, 2), Residual(outputs, outputs)]
+        self.blocks = nn.Sequential(*blocks)
+        self.squeeze = nn.Conv2d(widths[-1], 64, 1)
+        self.embed = nn.Linear(64 * 16, embedding)
+        self.factors = nn.Linear(embedding, identity_dim)
+
+    def raw(self, images: Tensor) -> Tensor:
+        """Embeddings before they are scaled to unit length."""
+        if images.shape[-1] != self.size or images.shape[-2] != self.size:
+            images = F.adaptive_avg_pool2d(images, self.size)
+        x = self.blocks(F.relu(self.norm(self.stem(images))))
+        return self.embed(F.relu(self.squeeze(x)).flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.raw(images).float(), dim=1)
+
+    def describe(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings (N, 128) and estimated identity parameters (N, identity_dim)."""
+        raw = self.raw(images).float()
+        return F.normalize(raw, dim=1), self.factors(raw)
+
+
+def features_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Mean over stages of the squared difference of channel-normalised features, averaged over positions.
+
+    Pass the features of a fixed target once and reuse them: that halves the cost inside an optimisation.
+    """
+    total: Tensor | float = 0.0
+    for x, y in zip(a, b, strict=True):
+        total = total + (_unit(x) - _unit(y)).square().sum(1).mean((1, 2))
+    assert isinstance(total, Tensor)
+    return total / len(a)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * (x.square().sum(1, keepdim=True) + 1e-4).rsqrt()
+
+
+def perceptual_distance(a: Tensor, b: Tensor, net: PerceptualNet | None = None) -> Tensor:
+    """The lab's perceptual distance (N,) of images (N, 3, R, R) in [-1, 1], with the shipped net by default."""
+    if a.shape != b.shape:
+        raise ConvloraError(f"images to compare must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
+    return (net or load("perceptual", a.device)).distance(a, b)
+
+
+def encode(images: Tensor, labels: Tensor, net: PerceptualNet | None = None) -> Tensor:
+    """Estimate the world's parameters (N, param_dim) from photos and their labels (N, 25): a start for inversion."""
+    if images.shape[-1] > 128:
+        images = F.adaptive_avg_pool2d(images, 128)
+    return (net or load("perceptual", images.device))(images, labels)[0]
+
+
+_BUILD = {"perceptual": PerceptualNet, "identity": IdentityEncoder}
+_LOADED: dict[tuple[str, str], nn.Module] = {}
+
+
+def load(part: str, device: torch.device | str = "cpu", path: str | Path | None = None) -> nn.Module:
+    """The frozen "perceptual" or "identity" net in eval mode, from the package or from `path`; cached per device."""
+    if part not in PARTS:
+        raise ConvloraError(f"the lab has no network {part!r}; choose one of {', '.join(PARTS)}")
+    key = (part, str(torch.device(device)))
+    if path is None and key in _LOADED:
+        return _LOADED[key]
+    net = read(part, Path(path) if path else Path(str(files(__package__) / "data" / f"{part}.safetensors")))
+    net = net.to(device).eval().requires_grad_(False)
+    if path is None:
+        _LOADED[key] = net
+    return net
+
+
+def read(part: str, path: Path) -> nn.Module:
+    """Build the network named in the file's metadata and fill it; weights stored as float16 become float32."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"cannot read the lab's {part} net from {path}: {error}; train it with "
+                        "`python -m convlora.integrations.eg3d.lab.train_networks`") from error
+    if "widths" not in config:
+        raise FileError(f"{path} carries no network configuration; it was not written by the lab's training")
+    net = _BUILD[part](**{**config, "widths": tuple(config["widths"])})
+    net.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
+    return net
+
+
+def save(net: nn.Module, path: Path) -> None:
+    """Write a network as float16 safetensors with its configuration; the file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    state = {n: (t.half() if t.is_floating_point() else t).contiguous() for n, t in net.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state, str(temporary), metadata={"config": json.dumps(net.config)})
+    temporary.replace(path)

@@ -1,0 +1,256 @@
+"""Trains the lab's perceptual net and identity encoder on drawings of procedural people.
+
+    python -m convlora.integrations.eg3d.lab.train_networks photos --people 3000 --each 5
+    python -m convlora.integrations.eg3d.lab.train_networks perceptual --minutes 12
+    python -m convlora.integrations.eg3d.lab.train_networks identity --minutes 12
+
+`photos` draws the people once into a memory-mapped folder; drawing can still be going on while the others train.
+Seeds of training people lie below 100_000 and those of the validation people start at 800_000, so neither
+meets the people that the project's results are measured on (from 900_000).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import world
+from ._training import angles, curve, labels, orbit, write_provenance
+from .networks import IdentityEncoder, PerceptualNet, save
+
+VALIDATION_SEED = 800_000
+SIZE = 128
+WEIGHTS = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A folder of drawings: pictures (n, 128, 128, 3) uint8 and what they show, person by person."""
+
+    pictures: np.ndarray
+    params: Tensor
+    labels: Tensor
+    angles: Tensor
+    person: Tensor
+    folder: Path
+
+    def ready(self) -> int:
+        """How many pictures from the start have been drawn so far."""
+        return int((self.folder / "drawn").read_text())
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Images (n, 3, 128, 128) in [-1, 1]."""
+        pictures = torch.from_numpy(self.pictures[index.numpy()])
+        return pictures.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
+
+
+def plan(first_seed: int, people: int, each: int, plain: float = 0.4) -> dict[str, Tensor]:
+    """Who is drawn how: `each` photos of every person, in an order where people mix; a share has no rare traits."""
+    seeds = list(range(first_seed, first_seed + people))
+    generator = torch.Generator().manual_seed(first_seed + 1)
+    total = people * each
+    identity = world.sample_identity(seeds).repeat(each, 1)
+    nuisance = world.sample_nuisance(list(range(first_seed + people, first_seed + people + total)))
+    lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
+    marked = (torch.rand(people, 1, generator=generator) >= plain).float()
+    traits = (world.sample_traits(seeds) * marked).repeat(each, 1)
+    passing = world.sample_traits(list(range(first_seed + people, first_seed + people + total)))
+    traits = torch.where(lasting, traits, passing)
+    yaw, pitch = angles(total, generator)
+    return {
+        "params": torch.cat([identity, nuisance], 1),
+        "traits": traits,
+        "angles": torch.stack([yaw, pitch], 1),
+        "person": torch.arange(people).repeat(each),
+    }
+
+
+def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int) -> None:
+    """Draw a plan into `folder`, from where it was left; progress is in the file `drawn`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = plan(first_seed, people, each)
+    total = len(facts["person"])
+    np.savez(folder / "facts.npz", **{name: value.numpy() for name, value in facts.items()})
+    file, count = folder / "pictures.npy", folder / "drawn"
+    fresh = not file.exists() or not count.exists()
+    pictures = np.lib.format.open_memmap(file, "w+" if fresh else "r+", np.uint8, (total, SIZE, SIZE, 3))
+    done = 0 if fresh else int(count.read_text())
+    count.write_text(str(done))
+    cameras = orbit(*facts["angles"].unbind(1))
+    for start in tqdm(range(done, total, 16), desc=f"drawing {folder.name}", mininterval=20):
+        part = slice(start, min(start + 16, total))
+        photo = world.render(facts["params"][part], facts["traits"][part], cameras[part], None, SIZE, supersample)
+        pictures[part] = ((photo.image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        temporary = count.with_suffix(".tmp")
+        temporary.write_text(str(part.stop))
+        temporary.replace(count)
+
+
+def open_photos(folder: Path) -> Photos:
+    facts = {name: torch.from_numpy(value) for name, value in np.load(folder / "facts.npz").items()}
+    pictures = np.load(folder / "pictures.npy", mmap_mode="r")
+    return Photos(pictures, facts["params"], labels(orbit(*facts["angles"].unbind(1))), facts["angles"],
+                  facts["person"], folder)
+
+
+def vary(images: Tensor) -> Tensor:
+    """What happens to photos: colour gain and offset, softness, grain; (N, 3, R, R) in [-1, 1]."""
+    count = len(images)
+    gain = 1 + 0.12 * torch.randn(count, 1, 1, 1) + 0.05 * torch.randn(count, 3, 1, 1)
+    offset = 0.06 * torch.randn(count, 1, 1, 1) + 0.03 * torch.randn(count, 3, 1, 1)
+    small = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+    softness = (torch.rand(count, 1, 1, 1) * 1.4 - 0.4).clamp_(0, 1)
+    images = torch.lerp(images, small, softness)
+    grain = torch.randn_like(images) * (0.06 * torch.rand(count, 1, 1, 1))
+    return (images * gain + offset + grain).clamp_(-1, 1)
+
+
+def steps_of(photos: Photos, batch: int, minutes: float, name: str, rng: torch.Generator) -> Any:
+    """Batches of indices until the time is spent, with the share of the time that has passed."""
+    began = time.monotonic()
+    with tqdm(total=round(minutes * 60), unit="s", desc=name, mininterval=20) as bar:
+        while (spent := time.monotonic() - began) < minutes * 60:
+            bar.update(int(spent) - bar.n)
+            yield spent / (minutes * 60), torch.randint(photos.ready(), (batch,), generator=rng).sort().values, bar
+
+
+def train_perceptual(photos: Photos, held: Photos, minutes: float, seed: int, out: Path) -> dict[str, Any]:
+    """Regression of parameters and camera angles from 64² and 128² photos."""
+    net = PerceptualNet(photos.params.shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.AdamW(net.parameters(), 1.5e-3, weight_decay=1e-3)
+    rng, step = torch.Generator().manual_seed(seed), 0
+    for fraction, index, bar in steps_of(photos, 64, minutes, "perceptual", rng):
+        images = photos.batch(index)
+        images = vary(F.avg_pool2d(images, 2) if step % 4 else images)
+        for group in optimiser.param_groups:
+            group["lr"] = 1.5e-3 * curve(fraction)
+        with torch.autocast("cpu", torch.bfloat16):
+            params, pose = net(images.contiguous(memory_format=torch.channels_last), photos.labels[index])
+        loss = F.mse_loss(params.float(), photos.params[index])
+        loss = loss + 4 * F.mse_loss(pose.float(), photos.angles[index])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        if step % 100 == 0:
+            bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
+    save(net.eval(), out / "perceptual.safetensors")
+    return {"steps": step, **measure_perceptual(net, held)}
+
+
+@torch.no_grad()
+def measure_perceptual(net: PerceptualNet, held: Photos) -> dict[str, Any]:
+    """Explained variance of the parameters on unseen people, and the mean camera error."""
+    net.eval()
+    count = min(held.ready(), 1000)
+    found = [net(F.avg_pool2d(held.batch(i), 2), held.labels[i]) for i in torch.arange(count).split(100)]
+    params, pose = (torch.cat(column) for column in zip(*found, strict=True))
+    truth = held.params[:count]
+    explained = 1 - (params - truth).square().mean(0) / truth.var(0)
+    names = (*world.IDENTITY_NAMES, *world.NUISANCE_NAMES)
+    return {
+        "held_out_photos": count,
+        "explained_variance": round(explained.mean().item(), 4),
+        "explained_by_name": {n: round(v, 3) for n, v in zip(names, explained.tolist(), strict=True)},
+        "camera_error_degrees": round((pose - held.angles[:count]).abs().mean().rad2deg().item(), 3),
+    }
+
+
+def train_identity(photos: Photos, held: Photos, minutes: float, seed: int, out: Path) -> dict[str, Any]:
+    """CosFace over the training people, plus regression of the identity parameters."""
+    people, dim = int(photos.person.max()) + 1, len(world.IDENTITY_NAMES)
+    net = IdentityEncoder(dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    centres = nn.Parameter(torch.randn(people, net.config["embedding"]) * 0.1)
+    optimiser = torch.optim.AdamW([*net.parameters(), centres], 2e-3, weight_decay=5e-4)
+    rng, step = torch.Generator().manual_seed(seed), 0
+    for fraction, index, bar in steps_of(photos, 96, minutes, "identity", rng):
+        images = vary(F.avg_pool2d(photos.batch(index), 2))
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * curve(fraction)
+        with torch.autocast("cpu", torch.bfloat16):
+            units, factors = net.describe(images.contiguous(memory_format=torch.channels_last))
+        person = photos.person[index]
+        cosines = units.float() @ F.normalize(centres, dim=1).T
+        margin = 0.25 * min(1.0, fraction / 0.3)
+        logits = 20 * (cosines - margin * F.one_hot(person, people))
+        regression = F.mse_loss(factors.float(), photos.params[index, :dim])
+        loss = F.cross_entropy(logits, person) + 2 * regression
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimiser.step()
+        step += 1
+        if step % 100 == 0:
+            hits = (cosines.argmax(1) == person).float().mean().item()
+            bar.set_postfix(step=step, loss=f"{loss.item():.2f}", hits=f"{hits:.2f}", mse=f"{regression.item():.3f}")
+    save(net.eval(), out / "identity.safetensors")
+    return {"steps": step, "people": people, **measure_identity(net, held)}
+
+
+@torch.no_grad()
+def measure_identity(net: IdentityEncoder, held: Photos) -> dict[str, Any]:
+    """Verification on unseen people: area under the ROC curve over all pairs, and cosines of both kinds."""
+    net.eval()
+    count = held.ready()
+    units = torch.cat([net(held.batch(i)) for i in torch.arange(count).split(100)])
+    cosines, person = units @ units.T, held.person[:count]
+    upper = torch.ones_like(cosines, dtype=torch.bool).triu(1)
+    same = (person[:, None] == person) & upper
+    equal, other = cosines[same], cosines[upper & ~same]
+    order = torch.cat([equal, other]).argsort().argsort().double()
+    ranks = order[: len(equal)].sum() - len(equal) * (len(equal) - 1) / 2
+    return {
+        "held_out_people": int(person.max()) + 1,
+        "held_out_photos": count,
+        "pairs_same": len(equal),
+        "pairs_different": len(other),
+        "verification_auc": round((ranks / (len(equal) * len(other))).item(), 5),
+        "cosine_same_mean": round(equal.mean().item(), 4),
+        "cosine_same_p05": round(equal.quantile(0.05).item(), 4),
+        "cosine_different_mean": round(other.mean().item(), 4),
+        "cosine_different_p95": round(other.quantile(0.95).item() if len(other) < 10**7 else float("nan"), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["photos", "perceptual", "identity"])
+    parser.add_argument("--folder", type=Path, default=Path(".lab/photos"))
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--people", type=int, default=3000)
+    parser.add_argument("--each", type=int, default=5)
+    parser.add_argument("--supersample", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    if options.what == "photos":
+        draw(options.folder / "held", VALIDATION_SEED, 200, 8, options.supersample)
+        draw(options.folder / "train", 0, options.people, options.each, options.supersample)
+        return
+    train = {"perceptual": train_perceptual, "identity": train_identity}[options.what]
+    options.out.mkdir(parents=True, exist_ok=True)
+    photos, held = open_photos(options.folder / "train"), open_photos(options.folder / "held")
+    facts = train(photos, held, options.minutes, options.seed, options.out)
+    command = (f"python -m convlora.integrations.eg3d.lab.train_networks {options.what} "
+               f"--minutes {options.minutes:g} --seed {options.seed} --threads {options.threads}")
+    write_provenance(options.out / f"{options.what}.json", command=command, seed=options.seed,
+                     hours=round(options.minutes / 60, 3), photos=photos.ready(), **facts)
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Personalisation: a low-rank adapter on a frozen EG3D, tuned on one person's anchors (My3DGen section 3)."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import convlora
+from convlora import Adapter
+from convlora.errors import ConvloraError, FileError
+from convlora.integrations.eg3d.album import Photos
+from convlora.integrations.eg3d.anchors import Anchors
+from convlora.integrations.eg3d.generator import TriPlaneGenerator
+from convlora.integrations.eg3d.losses import Perceptual, photo_loss, reconstruct
+
+Preset = Literal["true_rank", "paper", "official_code"]
+
+#: Modulated convolutions, ToRGBs and style affines of the backbone and the super-resolution; mapping stays frozen.
+TARGETS = ("backbone.synthesis.*", "superresolution.*")
+_BIASES = tuple(f"{target}.{name}" for target in TARGETS for name in ("bias", "noise_strength"))
+_RGB_OUTPUTS = 3
+
+
+def inject_personal(
+    G: TriPlaneGenerator, rank: int = 1, preset: Preset = "true_rank", name: str = "default"
+) -> Adapter:
+    """Put the adapter of a person on G, in place; returns the handle.
+
+    - "true_rank" (default): ΔW of true rank `rank` on every layer of `TARGETS` (capped at 3 where a ToRGB has
+      only 3 outputs), scaled relative to each weight, and the decoder trained in full. 95,367 trainables on
+      FFHQ-512 at rank 1.
+    - "paper": what My3DGen's paper counts: rank per kernel side (its rank 1 is 3 on a 3×3 layer), biases, noise
+      strengths and the decoder in full; the style affines' ΔW outside their weight gain, as its code has it.
+      240,030 trainables at rank 1.
+    - "official_code": what its released code trains: the same with the 4×4 constant in place of the decoder.
+      243,965 at rank 1.
+
+    ΔW is scaled by alpha/rank = 1 in all of them, at any rank.
+    """
+    if preset == "true_rank":
+        rows = convlora.adaptable(G, list(TARGETS))
+        capped = {row.name: _RGB_OUTPUTS for row in rows if row.max_rank == _RGB_OUTPUTS < rank}
+        return convlora.inject_lora(G, rank, targets=list(TARGETS), ranks=capped, train=["decoder"], name=name)
+    if preset not in ("paper", "official_code"):
+        raise ConvloraError(f'preset must be "true_rank", "paper" or "official_code", not {preset!r}')
+    whole = ["decoder"] if preset == "paper" else ["backbone.synthesis.b4.const"]
+    # Their affines add ΔW·x past the layer's gain 1/√in; in raw units, where ΔW lives here, that is √in times more.
+    affines = convlora.adaptable(G, [f"{target}affine" for target in TARGETS])
+    alpha = {row.name: rank * math.sqrt(row.matrix[1]) for row in affines}
+    return convlora.inject_lora(
+        G, rank, alpha, list(TARGETS), rank_per="kernel", train=[*_BIASES, *whole], name=name, relative=False
+    )
+
+
+def unfreeze(G: TriPlaneGenerator) -> list[nn.Parameter]:
+    """Full fine-tuning, the baseline: all of G but the mapping network. Returns its trainable parameters."""
+    for name, parameter in G.named_parameters():
+        parameter.requires_grad_(not name.startswith("backbone.mapping."))
+    return [p for p in G.parameters() if p.requires_grad]
+
+
+def personalize(
+    G: TriPlaneGenerator,
+    photos: Photos,
+    anchors: Anchors,
+    *,
+    rank: int = 1,
+    preset: Preset = "true_rank",
+    steps: int = 500,
+    batch_size: int = 4,
+    lr: float = 0.002,
+    lr_full: float | None = None,
+    perceptual: Perceptual | None = None,
+    perceptual_weight: float = 1.0,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Adapter:
+    """Personalise G in place: `inject_personal`, then `tune` on (photo, camera, anchor) triples; returns the handle."""
+    adapter = inject_personal(G, rank, preset)
+    low_rank = [p for change in adapter.layers.values() for p in change.parameters()]
+    whole = [full.value for full in adapter.trained.values()]
+    groups = [{"params": low_rank, "lr": lr}, {"params": whole, "lr": lr if lr_full is None else lr_full}]
+    tune(
+        G, photos, anchors, groups, steps=steps, batch_size=batch_size, perceptual=perceptual,
+        perceptual_weight=perceptual_weight, checkpoint=checkpoint, seed=seed, progress=progress,
+    )  # fmt: skip
+    return adapter
+
+
+def tune(
+    G: TriPlaneGenerator,
+    photos: Photos,
+    anchors: Anchors,
+    parameters: Iterable[dict[str, Any]],
+    *,
+    steps: int,
+    batch_size: int = 4,
+    perceptual: Perceptual | None = None,
+    perceptual_weight: float = 1.0,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 30,
+    seed: int = 0,
+    progress: bool = True,
+    description: str = "personalising",
+) -> list[tuple[int, float]]:
+    """Optimise `parameters` (Adam's groups) so that each anchor renders its photo; returns (step, loss) history.
+
+    The loss is equation 1 on image_raw and image; Adam has betas (0, 0.992) as My3DGen's code has them, with a
+    cosine decay to a tenth; gradients' NaN become 0. Photos come in a fresh random order every pass. Random draws
+    depend on `seed` and the step alone, so a run resumed from `checkpoint` ends where an uninterrupted one does.
+    """
+    if anchors.names != photos.names:
+        raise ConvloraError("anchors and photos are not of the same files in the same order; find_anchors gives them so")
+    groups = [{**group, "params": list(group["params"])} for group in parameters]
+    device = next(G.parameters()).device
+    images, labels, w = photos.images.to(device), photos.labels.to(device), anchors.w.to(device)
+    optimizer = torch.optim.Adam(groups, lr=0.002, betas=(0.0, 0.992), eps=1e-8)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.55 + 0.45 * math.cos(math.pi * min(1.0, s / steps)))
+    tuned = [p for group in groups for p in group["params"]]
+    history: list[tuple[int, float]] = []
+    first = 0
+    if checkpoint is not None and Path(checkpoint).is_file():
+        first, history = _resume(Path(checkpoint), tuned, optimizer, scheduler, steps)
+    order = _order(len(photos), steps * batch_size, seed)
+    saved = time.monotonic()
+    recent: list[Tensor] = []  # losses stay on the device until a line of history is due
+    with tqdm(total=steps, initial=first, desc=description, disable=not progress) as bar:
+        for step in range(first, steps):
+            batch = order[step * batch_size : (step + 1) * batch_size].to(device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed * 1_000_003 + step)
+                out = reconstruct(G, w[batch], labels[batch])
+            loss = photo_loss(out, images[batch], perceptual, perceptual_weight).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for p in tuned:
+                if p.grad is not None:
+                    torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
+            optimizer.step()
+            scheduler.step()
+            bar.update()
+            recent.append(loss.detach())
+            if (step + 1) % 10 == 0 or step + 1 == steps:
+                history.append((step + 1, float(torch.stack(recent).mean())))
+                recent.clear()
+                bar.set_postfix(loss=f"{history[-1][1]:.4f}")
+                if not math.isfinite(history[-1][1]):
+                    raise ConvloraError(f"the loss became {history[-1][1]} at step {step + 1}; lower lr")
+                if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step + 1 == steps):
+                    _save(Path(checkpoint), tuned, optimizer, scheduler, step + 1, steps, history)
+                    saved = time.monotonic()
+    return history
+
+
+def _order(count: int, draws: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    passes = math.ceil(draws / count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+
+
+def _save(path: Path, tuned: list, optimizer, scheduler, step: int, steps: int, history: list) -> None:  # noqa: ANN001
+    state = {
+        "tuned": [p.detach() for p in tuned], "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+        "step": step, "steps": steps, "history": history,
+    }  # fmt: skip
+    state["scheduler"].pop("lr_lambdas", None)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, tuned: list, optimizer, scheduler, steps: int):  # noqa: ANN001, ANN202
+    try:
+        state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FileError(f"{path} is no readable checkpoint ({error}); remove it to start again") from None
+    shapes = [tuple(t.shape) for t in state["tuned"]]
+    if state["steps"] != steps or shapes != [tuple(p.shape) for p in tuned]:
+        raise FileError(f"{path} is of a run with other settings; remove it or choose another output folder")
+    with torch.no_grad():
+        for parameter, value in zip(tuned, state["tuned"], strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
+    return int(state["step"]), [(int(s), float(v)) for s, v in state["history"]]

@@ -1,0 +1,214 @@
+"""From an album to a personal generator and its report: anchors, personalisation, comparison, pictures."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import convlora
+from convlora import Adapter
+from convlora.errors import ConvloraError
+from convlora.integrations.eg3d import cameras
+from convlora.integrations.eg3d.album import Album, Photos
+from convlora.integrations.eg3d.anchors import Anchors, Encoder, find_anchors
+from convlora.integrations.eg3d.generator import TriPlaneGenerator
+from convlora.integrations.eg3d.losses import Perceptual
+from convlora.integrations.eg3d.metrics import IdentityEncoder, id_sim, psnr
+from convlora.integrations.eg3d.personalize import Preset, inject_personal, tune, unfreeze
+from convlora.integrations.eg3d.report import Report, Row, Spread
+from convlora.integrations.eg3d.run_folder import RunFolder
+from convlora.integrations.eg3d.tasks import interpolate, novel_views
+
+PRETRAINED, FULL = "pretrained", "full fine-tuning"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a person is learned and measured. The defaults suit 512² generators on a GPU; the demo has its own."""
+
+    rank: int = 1
+    preset: Preset = "true_rank"
+    anchor_steps: int = 500
+    anchor_lr: float = 0.01
+    steps: int = 2000
+    batch_size: int = 4
+    lr: float = 0.002  # of the low-rank factors
+    lr_full: float = 0.002  # of tensors trained in full: the decoder here, everything in full fine-tuning
+    perceptual_weight: float = 1.0
+    compare_full: bool = False
+    views: int = 4  # novel views per held-out photo for ID_sim
+    frames: int = 21  # of the turntable
+    yaw: float = 0.45  # radians to each side in the turntable
+    seed: int = 0
+
+
+class Networks(NamedTuple):
+    """The networks a run measures with; None where there is none for these pictures."""
+
+    perceptual: Perceptual | None = None
+    identity: IdentityEncoder | None = None
+    encoder: Encoder | None = None
+
+
+class Evaluation(NamedTuple):
+    images: Tensor  # reconstructions of the held-out photos (N, 3, R, R)
+    metrics: dict[str, Spread]
+
+
+def personalize_album(
+    G: TriPlaneGenerator, album: Album, out: RunFolder, settings: Settings, networks: Networks, progress: bool = True
+) -> Report:
+    """Run every stage, each resumable, into the open folder `out`; G stays as it is.
+
+    Writes `anchors.safetensors`, `adapter.safetensors` and the checkpoints of what is under way.
+    """
+    with out.timed("anchors"):
+        anchors = invert(G, album.train, out, "anchors", settings, networks, progress)
+    models: dict[str, TriPlaneGenerator] = {PRETRAINED: G}
+    rows = {PRETRAINED: Row(PRETRAINED, 0, None, None, {})}
+    curves = {}
+    personal = f"LoRA rank {settings.rank}"
+    for name in [FULL] * settings.compare_full + [personal]:
+        with out.timed(name):
+            models[name], rows[name], curves[name] = _tuned(name, G, album, anchors, out, settings, networks, progress)
+    for name, row in rows.items():
+        row.seconds = out.seconds().get(name)
+    heldout: dict[str, Tensor] = {}
+    reference = _embed(networks.identity, album.train.images)
+    for name, model in models.items():
+        if len(album.test):
+            with out.timed("evaluation"):
+                found = evaluate(model, album.test, reference, out, name, settings, networks, progress)
+            heldout[name], rows[name].metrics = found.images, found.metrics
+    yaws = torch.linspace(-settings.yaw, settings.yaw, settings.frames)
+    turn = cameras.label(cameras.look_at(math.pi / 2 + yaws, math.pi / 2, **_orbit(G)))
+    front = cameras.frontal(1, **_orbit(G))
+    first, last = anchors.w[0], anchors.w[len(anchors.w) // 2]
+    return Report(
+        title=f"A personal 3D generator of {album.person}",
+        person=album.person,
+        notice=_notice(album),
+        command="",
+        environment={},
+        settings={key: str(value) for key, value in asdict(settings).items()},
+        album=album.train.images,
+        rows=list(rows.values()),
+        metric_notes=_METRICS,
+        heldout_names=album.test.names,
+        heldout_truth=album.test.images,
+        heldout=heldout,
+        turntable={name: novel_views(model, first[None], turn)[0] for name, model in models.items()},
+        turntable_yaw=yaws.tolist(),
+        interpolation={name: interpolate(m, first, last, front, weights=9)[:, 0] for name, m in models.items()},
+        interpolation_weights=torch.linspace(0, 1, 9).tolist(),
+        curves=curves,
+    )
+
+
+_METRICS = {
+    "PSNR": "dB, of held-out photos against their inversion; higher is better",
+    "perceptual": "distance of held-out photos to their inversion; lower is better",
+    "ID_sim": "largest cosine of novel views with the person's training photos (My3DGen eq. 2); higher is better",
+}
+
+
+def invert(
+    G: TriPlaneGenerator, photos: Photos, out: RunFolder, name: str, settings: Settings, networks: Networks,
+    progress: bool,
+) -> Anchors:  # fmt: skip
+    """W inversion with the run's settings, kept in `<name>.safetensors` of the folder."""
+    return find_anchors(
+        G, photos, settings.anchor_steps, init=networks.encoder or "mean", perceptual=networks.perceptual,
+        perceptual_weight=settings.perceptual_weight, lr=settings.anchor_lr, seed=settings.seed,
+        checkpoint=out / f"{name}.safetensors", progress=progress, description=f"inverting ({name})",
+    )  # fmt: skip
+
+
+def evaluate(
+    G: TriPlaneGenerator, photos: Photos, reference: Tensor | None, out: RunFolder, name: str, settings: Settings,
+    networks: Networks, progress: bool,
+) -> Evaluation:  # fmt: skip
+    """Invert held-out photos with the weights frozen, then compare: in their own view, and identity in novel ones."""
+    key = "".join(c if c.isalnum() else "_" for c in name)
+    w = invert(G, photos, out, f"heldout_{key}", settings, networks, progress).w
+    images = novel_views(G, w, photos.labels[:, None])[:, 0]
+    metrics = {"PSNR": Spread.of(psnr(images, photos.images))}
+    if networks.perceptual is not None:
+        with torch.no_grad():
+            metrics["perceptual"] = Spread.of(networks.perceptual(images, photos.images).flatten())
+    if networks.identity is not None and reference is not None:
+        views = novel_views(G, w, cameras.random_views(settings.views, seed=settings.seed, **_orbit(G)))
+        embeddings = _embed(networks.identity, views.flatten(0, 1))
+        assert embeddings is not None
+        metrics["ID_sim"] = Spread.of(id_sim(embeddings, reference).view(len(photos), -1).mean(1))
+    return Evaluation(images, metrics)
+
+
+def _tuned(
+    name: str, G: TriPlaneGenerator, album: Album, anchors: Anchors, out: RunFolder, settings: Settings,
+    networks: Networks, progress: bool,
+) -> tuple[TriPlaneGenerator, Row, list[tuple[int, float]]]:  # fmt: skip
+    model = copy.deepcopy(G)
+    adapter: Adapter | None = None
+    groups: list[dict[str, list[nn.Parameter] | float]]
+    if name == FULL:
+        groups = [{"params": unfreeze(model), "lr": settings.lr_full}]
+    else:
+        torch.manual_seed(settings.seed)
+        adapter = inject_personal(model, settings.rank, settings.preset)
+        groups = [
+            {"params": [p for change in adapter.layers.values() for p in change.parameters()], "lr": settings.lr},
+            {"params": [full.value for full in adapter.trained.values()], "lr": settings.lr_full},
+        ]
+    trainables = sum(p.numel() for group in groups for p in group["params"])  # type: ignore[union-attr]
+    curve = tune(
+        model, album.train, anchors, groups, steps=settings.steps, batch_size=settings.batch_size,
+        perceptual=networks.perceptual, perceptual_weight=settings.perceptual_weight, seed=settings.seed,
+        checkpoint=out / f"{'full' if name == FULL else 'adapter'}.ckpt", progress=progress, description=name,
+    )  # fmt: skip
+    if adapter is None:
+        model.requires_grad_(False)
+        return model, Row(name, trainables, 4 * trainables, None, {}), curve
+    path = adapter.save(out / "adapter.safetensors", person=album.person, consent=_consent(album))
+    check_reload(G, model, path, anchors.w[:1], album.train.labels[:1])
+    for p in adapter.parameters():
+        p.requires_grad_(False)
+    return model, Row(name, trainables, path.stat().st_size, None, {}), curve
+
+
+def check_reload(G: TriPlaneGenerator, model: TriPlaneGenerator, path, w: Tensor, label: Tensor) -> None:  # noqa: ANN001
+    """The file, on a fresh copy of the base, must give the very images of the model it was saved from."""
+    fresh = copy.deepcopy(G)
+    convlora.load_adapter(fresh, path)
+    if not torch.equal(novel_views(fresh, w, label), novel_views(model, w, label)):
+        raise ConvloraError(f"{path} does not reproduce the model it was saved from; please report this")
+
+
+def _embed(identity: Callable[[Tensor], Tensor] | None, images: Tensor) -> Tensor | None:
+    if identity is None:
+        return None
+    with torch.no_grad():
+        return torch.cat([identity(chunk).cpu() for chunk in images.split(64)])
+
+
+def _orbit(G: TriPlaneGenerator) -> dict:
+    return {
+        "pivot": G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)),
+        "radius": G.rendering_kwargs.get("avg_camera_radius", cameras.RADIUS),
+    }
+
+
+def _notice(album: Album) -> str:
+    if album.procedural:
+        return "Procedural: every picture shows a head drawn by a program. No photograph of a person was used."
+    return "Made from photographs of a person: keep it private unless that person agreed to its publication."
+
+
+def _consent(album: Album) -> str:
+    return "procedural person, none needed" if album.procedural else "not recorded"

@@ -1,0 +1,332 @@
+"""Volume rendering of tri-planes: rays, plane sampling, stratified and importance depths, ray marching.
+
+Source: Chan et al., https://arxiv.org/abs/2112.07945 (section 4), after NeRF, https://arxiv.org/abs/2003.08934, with
+the conventions of the released EG3D weights, slips included where the weights depend on them (each is marked).
+Shapes: N images, M rays, S samples per ray, P points, C channels. Depth is the distance along the unit ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convlora.errors import ConvloraError
+from convlora.integrations.stylegan2.ops import full_precision
+
+Decoder = Callable[..., dict[str, Tensor]]
+Limit = float | Tensor
+
+
+class Rendering(NamedTuple):
+    """Per ray: features (N, M, C) in about [-1, 1], depth and weight_sum (N, M, 1); below, what led to them."""
+
+    features: Tensor
+    depth: Tensor
+    weight_sum: Tensor
+    depths: Tensor  # (N, M, S) ascending, of the last pass
+    weights: Tensor  # (N, M, S - 1), one per interval
+    coarse_depths: Tensor
+    coarse_sigma: Tensor
+    coarse_weights: Tensor
+
+
+# ---- rays ----------------------------------------------------------------------------------------------------------
+
+
+def sample_rays(cam2world: Tensor, intrinsics: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions (N, R*R, 3), row by row through the pixel centres.
+
+    cam2world (N, 4, 4), intrinsics (N, 3, 3) normalised by the image size.
+    """
+    fx, fy = intrinsics[:, 0, 0, None], intrinsics[:, 1, 1, None]
+    cx, cy = intrinsics[:, 0, 2, None], intrinsics[:, 1, 2, None]
+    skew = intrinsics[:, 0, 1, None]
+    pixel = (torch.arange(resolution, device=cam2world.device, dtype=cam2world.dtype) + 0.5) / resolution
+    u = pixel.repeat(resolution)
+    v = pixel.repeat_interleave(resolution)
+    x = (u - cx + cy * skew / fy - skew * v / fy) / fx
+    y = (v - cy) / fy
+    # a sum of columns and not a matrix product: autocast would round a product to 8 bits
+    right, down, forward, origin = cam2world[:, None, :3, :].unbind(-1)
+    directions = F.normalize(right * x[..., None] + down * y[..., None] + forward, dim=-1)
+    return origin.expand_as(directions), directions
+
+
+def box_limits(origins: Tensor, directions: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """Entry and exit depth (N, M, 1) of the axis-aligned cube of `side` around the origin; (-1, -2) for a miss."""
+    a = (-side / 2 - origins) / directions
+    b = (side / 2 - origins) / directions
+    near = torch.minimum(a, b).amax(-1, keepdim=True)
+    far = torch.maximum(a, b).amin(-1, keepdim=True)
+    hit = near <= far
+    return torch.where(hit, near, -1.0), torch.where(hit, far, -2.0)
+
+
+def auto_limits(origins: Tensor, directions: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """box_limits, with the misses filled in: near from the nearest entry, far from the *farthest entry*.
+
+    The second should have been the farthest exit; the released code says entry, so this does. If every ray misses
+    the marks of box_limits stay.
+    """
+    near, far = box_limits(origins, directions, side)
+    hit = far > near
+    nearest = torch.where(hit, near, torch.inf).amin()
+    farthest = torch.where(hit, near, -torch.inf).amax()
+    fill = ~hit & hit.any()
+    return torch.where(fill, nearest, near), torch.where(fill, farthest, far)
+
+
+# ---- depths --------------------------------------------------------------------------------------------------------
+
+
+def stratified_depths(
+    origins: Tensor, near: Limit, far: Limit, count: int, disparity: bool = False, deterministic: bool = False
+) -> Tensor:
+    """(N, M, count) ascending depths: one jittered sample per interval; numbers or (N, M, 1) tensors as limits.
+
+    deterministic=True puts every sample half an interval on. The last sample may pass `far`, by up to one interval.
+    """
+    if count < 2:
+        raise ConvloraError(f"depth_resolution is {count}; a ray needs at least 2 samples")
+    step = torch.arange(count, device=origins.device, dtype=origins.dtype)
+    shape = (*origins.shape[:-1], count)
+    jitter = step.new_tensor(0.5).expand(shape) if deterministic else torch.rand_like(step.expand(shape))
+    t = (step + jitter) / (count - 1)
+    if disparity:
+        return 1 / ((1 - t) / near + t / far)
+    return near + (far - near) * t
+
+
+@torch.no_grad()
+def importance_depths(depths: Tensor, weights: Tensor, count: int, deterministic: bool = False) -> Tensor:
+    """(N, M, count) depths drawn where the first pass found weight. depths (N, M, S), weights (N, M, S - 1).
+
+    deterministic=True takes the quantiles linspace(0, 1, count). As in the released code the smoothed weights are
+    shifted by one against their bins, and the last bin is never drawn.
+    """
+    padded = F.pad(weights, (1, 1), value=-torch.inf)
+    smooth = torch.maximum(padded[..., :-1], padded[..., 1:])
+    smooth = (smooth[..., :-1] + smooth[..., 1:]) / 2 + 0.01
+    edges = (depths[..., :-1] + depths[..., 1:]) / 2
+    pdf = smooth[..., 1:-1] + 1e-5
+    pdf = pdf / pdf.sum(-1, keepdim=True)
+    cdf = F.pad(pdf.cumsum(-1), (1, 0))
+    shape = (*depths.shape[:-1], count)
+    if deterministic:
+        u = torch.linspace(0, 1, count, device=depths.device, dtype=depths.dtype).expand(shape).contiguous()
+    else:
+        u = torch.rand(shape, device=depths.device, dtype=depths.dtype)
+    above = torch.searchsorted(cdf, u, right=True)
+    low, high = (above - 1).clamp(min=0), above.clamp(max=cdf.shape[-1] - 1)
+    cdf_low, cdf_high = cdf.gather(-1, low), cdf.gather(-1, high)
+    edge_low, edge_high = edges.gather(-1, low), edges.gather(-1, high)
+    width = cdf_high - cdf_low
+    width = torch.where(width < 1e-5, 1.0, width)
+    return edge_low + (u - cdf_low) / width * (edge_high - edge_low)
+
+
+# ---- tri-planes ----------------------------------------------------------------------------------------------------
+
+
+def project(points: Tensor) -> Tensor:
+    """Plane coordinates (N, 3, P, 2) of points (N, P, 3): (x, y), (x, z), (z, x).
+
+    The third was meant to be (z, y); the released weights were trained with (z, x), so it stays.
+    """
+    x, y, z = points.unbind(-1)
+    return torch.stack([torch.stack(pair, dim=-1) for pair in ((x, y), (x, z), (z, x))], dim=1)
+
+
+def _bilinear(planes: Tensor, grid: Tensor) -> Tensor:
+    """planes (N, K, C, H, W) at grid (N, K, P, 2) -> (N, K, C, P); zero outside."""
+    n, k = planes.shape[:2]
+    grid = grid.flatten(0, 1).unsqueeze(1)
+    planes = planes.flatten(0, 1).to(grid.dtype)
+    out = F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return out.squeeze(2).unflatten(0, (n, k))
+
+
+def sample_planes(planes: Tensor, points: Tensor, box_warp: float) -> Tensor:
+    """Features (N, 3, P, C) of each plane; planes (N, 3, C, H, W), points (N, P, 3) in a box of side box_warp."""
+    return _bilinear(planes, project(points * (2 / box_warp))).transpose(2, 3)
+
+
+def fold_planes(planes: Tensor) -> Tensor:
+    """(N, 3, C, H, W) to (N, 2, C, H, W) whose *summed* samples are the mean over the three planes.
+
+    The second and third plane see the same two coordinates in swapped order, so their transposes add up before
+    sampling: exact for bilinear sampling, and a third less work per point.
+    """
+    return torch.stack([planes[:, 0], planes[:, 1] + planes[:, 2].transpose(-1, -2)], dim=1) / 3
+
+
+def sample_folded(folded: Tensor, points: Tensor, box_warp: float) -> Tensor:
+    """Mean plane features (N, P, C) at points (N, P, 3), from fold_planes."""
+    x, y, z = (points * (2 / box_warp)).unbind(-1)
+    grid = torch.stack([torch.stack([x, y], dim=-1), torch.stack([x, z], dim=-1)], dim=1)
+    return _bilinear(folded, grid).sum(1).transpose(1, 2)
+
+
+def query(
+    folded: Tensor, decoder: Decoder, points: Tensor, directions: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Decoded features (N, P, C) and raw density (N, P) at points (N, P, 3)."""
+    with full_precision(points.device):
+        features = sample_folded(folded, points, options["box_warp"])
+    out = decoder(features, directions)
+    sigma = out["sigma"].squeeze(-1)
+    noise = options.get("density_noise", 0)
+    if noise > 0:
+        sigma = sigma + torch.randn_like(sigma) * noise
+    return out["rgb"], sigma
+
+
+# ---- ray marching --------------------------------------------------------------------------------------------------
+
+
+def march_weights(sigma: Tensor, depths: Tensor) -> Tensor:
+    """Weight (N, M, S - 1) of every interval, from raw densities and ascending depths (N, M, S).
+
+    The transmittance is a running sum of optical depths, not a running product: no zeros to treat in backward.
+    """
+    density = F.softplus((sigma[..., :-1] + sigma[..., 1:]) / 2 - 1)
+    optical = density * depths.diff(dim=-1)
+    before = F.pad(optical[..., :-1].cumsum(-1), (1, 0))
+    return -torch.expm1(-optical) * torch.exp(-before)
+
+
+def node_weights(weights: Tensor) -> Tensor:
+    """Interval weights (N, M, S - 1) to sample weights (N, M, S): an interval's colour is the mean of its ends."""
+    return (F.pad(weights, (0, 1)) + F.pad(weights, (1, 0))) / 2
+
+
+def mean_depth(weights: Tensor, depths: Tensor) -> Tensor:
+    """Expected depth (N, M, 1); rays without weight get the largest depth of the whole call."""
+    total = weights.sum(-1, keepdim=True)
+    middle = (depths[..., :-1] + depths[..., 1:]) / 2
+    empty = total == 0
+    depth = (weights * middle).sum(-1, keepdim=True) / torch.where(empty, 1.0, total)
+    depth = torch.where(empty | depth.isnan(), torch.inf, depth)
+    return torch.clamp(depth, depths.amin(), depths.amax())
+
+
+def march_rays(
+    colors: Tensor, sigma: Tensor, depths: Tensor, white_back: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """features (N, M, C), depth (N, M, 1), weights (N, M, S - 1) of one pass.
+
+    From colors (N, M, S, C), raw densities sigma (N, M, S) and ascending depths (N, M, S).
+    """
+    weights = march_weights(sigma, depths)
+    return composite([(colors, node_weights(weights))], weights, white_back), mean_depth(weights, depths), weights
+
+
+def composite(parts: list[tuple[Tensor, Tensor]], weights: Tensor, white_back: bool = False) -> Tensor:
+    """Sum of colors (N, M, S, C) times sample weights (N, M, S) over all parts, in the range of images.
+
+    Working on parts keeps coarse and fine colours where they are: only their weights take part in the sort.
+    """
+    sums = [torch.matmul(w.unsqueeze(-2), colors.to(w.dtype)).squeeze(-2) for colors, w in parts]
+    total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+    if white_back:
+        total = total + 1 - weights.sum(-1, keepdim=True)
+    return total * 2 - 1
+
+
+def limits(origins: Tensor, directions: Tensor, options: Mapping[str, Any]) -> tuple[Limit, Limit]:
+    """Near and far of every ray: the numbers of the options, or the cube of side box_warp if both are 'auto'."""
+    near, far = options["ray_start"], options["ray_end"]
+    if near == "auto" and far == "auto":
+        return auto_limits(origins, directions, options["box_warp"])
+    if isinstance(near, str) or isinstance(far, str):
+        raise ConvloraError(f"ray_start and ray_end are two numbers or both 'auto', got {near!r} and {far!r}")
+    return near, far
+
+
+def render_rays(
+    planes: Tensor,
+    decoder: Decoder,
+    origins: Tensor,
+    directions: Tensor,
+    options: Mapping[str, Any],
+    deterministic: bool = False,
+) -> Rendering:
+    """Two-pass volume rendering of planes (N, 3, C, H, W) along rays (N, M, 3).
+
+    options: box_warp, ray_start, ray_end, depth_resolution, depth_resolution_importance (0 = one pass),
+    disparity_space_sampling, white_back, density_noise. deterministic=True removes all randomness.
+    """
+    if options.get("clamp_mode", "softplus") != "softplus":
+        raise ConvloraError(f"clamp_mode is {options['clamp_mode']!r}; only 'softplus' exists")
+    folded = fold_planes(planes)
+    white_back = bool(options.get("white_back", False))
+
+    def field(depths: Tensor) -> tuple[Tensor, Tensor]:
+        n, m, s = depths.shape
+        points = (origins.unsqueeze(2) + depths.unsqueeze(-1) * directions.unsqueeze(2)).reshape(n, m * s, 3)
+        colors, sigma = query(folded, decoder, points, None, options)  # the decoder ignores directions
+        return colors.unflatten(1, (m, s)), sigma.reshape(n, m, s).to(depths.dtype)
+
+    near, far = limits(origins, directions, options)
+    disparity = bool(options.get("disparity_space_sampling", False))
+    coarse = stratified_depths(origins, near, far, options["depth_resolution"], disparity, deterministic)
+    colors, sigma = field(coarse)
+    fine_count = options.get("depth_resolution_importance", 0)
+    with full_precision(origins.device):
+        coarse_weights = march_weights(sigma, coarse)
+        if fine_count == 0:
+            depths, weights = coarse, coarse_weights
+            parts = [(colors, node_weights(weights))]
+    if fine_count > 0:
+        fine = importance_depths(coarse, coarse_weights, fine_count, deterministic)
+        fine_colors, fine_sigma = field(fine)
+        with full_precision(origins.device):
+            depths, order = torch.cat([coarse, fine], dim=-1).sort(dim=-1)
+            weights = march_weights(torch.cat([sigma, fine_sigma], dim=-1).gather(-1, order), depths)
+            nodes = node_weights(weights)
+            nodes = torch.zeros_like(nodes).scatter(-1, order, nodes)
+            parts = list(zip((colors, fine_colors), nodes.split([coarse.shape[-1], fine_count], dim=-1), strict=True))
+    with full_precision(origins.device):
+        return Rendering(
+            features=composite(parts, weights, white_back),
+            depth=mean_depth(weights, depths),
+            weight_sum=weights.sum(-1, keepdim=True),
+            depths=depths,
+            weights=weights,
+            coarse_depths=coarse,
+            coarse_sigma=sigma,
+            coarse_weights=coarse_weights,
+        )
+
+
+class RaySampler(nn.Module):
+    """sample_rays as a module without parameters, where the official tree has one."""
+
+    def forward(self, cam2world: Tensor, intrinsics: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+        return sample_rays(cam2world, intrinsics, resolution)
+
+
+class ImportanceRenderer(nn.Module):
+    """render_rays as a module without parameters, where the official tree has one."""
+
+    def forward(
+        self,
+        planes: Tensor,
+        decoder: Decoder,
+        origins: Tensor,
+        directions: Tensor,
+        options: Mapping[str, Any],
+        deterministic: bool = False,
+    ) -> Rendering:
+        return render_rays(planes, decoder, origins, directions, options, deterministic)
+
+    def run_model(
+        self, planes: Tensor, decoder: Decoder, points: Tensor, directions: Tensor | None, options: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Raw density (N, P, 1) and features (N, P, C) at points (N, P, 3)."""
+        rgb, sigma = query(fold_planes(planes), decoder, points, directions, options)
+        return {"rgb": rgb, "sigma": sigma.unsqueeze(-1)}

@@ -1,0 +1,36 @@
+"""Novel views of latents: the tri-planes are computed once per latent, whatever the number of cameras."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convlora.errors import ConvloraError
+from convlora.integrations.eg3d.generator import TriPlaneGenerator
+
+
+@torch.no_grad()
+def novel_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size: int = 8) -> Tensor:
+    """Render latents w (N, w_dim) from cameras labels (V, 25), the same for all, or (N, V, 25).
+
+    Returns (N, V, 3, R, R) in [-1, 1], on the CPU, rendered deterministically.
+    """
+    if labels.ndim == 2:
+        labels = labels.expand(len(w), -1, -1)
+    if w.ndim != 2 or w.shape[1] != G.w_dim or labels.shape[0] != len(w) or labels.shape[-1] != 25:
+        raise ConvloraError(
+            f"novel_views needs w (N, {G.w_dim}) and labels (V, 25) or (N, V, 25), "
+            f"not {tuple(w.shape)} and {tuple(labels.shape)}"
+        )
+    device = next(G.parameters()).device
+    ws = w.to(device)[:, None].expand(-1, G.num_ws, -1)
+    labels = labels.to(device)
+    views = labels.shape[1]
+    planes = torch.cat([G.planes(ws[i : i + batch_size], noise_mode="const") for i in range(0, len(ws), batch_size)])
+    owner = torch.arange(len(ws), device=device).repeat_interleave(views)
+    images = []
+    for i in range(0, len(owner), batch_size):
+        rows = owner[i : i + batch_size]
+        cameras = labels.flatten(0, 1)[i : i + batch_size]
+        images.append(G.synthesis(ws[rows], cameras, planes=planes[rows], deterministic=True)["image"].cpu())
+    return torch.cat(images).unflatten(0, (len(ws), views))
