@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlora.errors import ConvloraError
+from convlora.layers import LowRankWeight, register_layer
 from convlora.integrations.stylegan2.ops import (
     bias_act,
     conv2d_resample,
@@ -155,9 +156,21 @@ class SynthesisLayer(nn.Module):
     def forward(
         self, x: Tensor, w: Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1
     ) -> Tensor:
+        return self.forward_with(self.weight, x, w, noise_mode, fused_modconv, gain)
+
+    def forward_with(
+        self,
+        weight: Tensor | LowRankWeight,
+        x: Tensor,
+        w: Tensor,
+        noise_mode: str = "random",
+        fused_modconv: bool = True,
+        gain: float = 1,
+    ) -> Tensor:
+        """The forward with a given weight, which may stay factored."""
         x = modulated_conv2d(
             x,
-            self.weight,
+            weight,
             self.affine(w),
             noise=self.noise(x, noise_mode),
             up=self.up,
@@ -199,11 +212,17 @@ class ToRGBLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, fused_modconv: bool = True) -> Tensor:
+        return self.forward_with(self.weight, x, w, fused_modconv)
+
+    def forward_with(self, weight: Tensor | LowRankWeight, x: Tensor, w: Tensor, fused_modconv: bool = True) -> Tensor:
+        """The forward with a given weight, which may stay factored."""
         styles = self.affine(w) * self.weight_gain
-        x = modulated_conv2d(
-            x, self.weight, styles, padding=self.padding, demodulate=False, fused_modconv=fused_modconv
-        )
+        x = modulated_conv2d(x, weight, styles, padding=self.padding, demodulate=False, fused_modconv=fused_modconv)
         return bias_act(x, self.bias, clamp=self.conv_clamp)
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, w_dim={self.w_dim}"
+
+
+register_layer(SynthesisLayer, low_rank=SynthesisLayer.forward_with)
+register_layer(ToRGBLayer, low_rank=ToRGBLayer.forward_with)

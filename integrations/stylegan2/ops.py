@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora.errors import ConvloraError
+from convlora.layers import LowRankWeight
 
 SQRT2 = math.sqrt(2)
 
@@ -294,10 +295,18 @@ def conv2d_resample(
     return F.conv2d(F.pad(x, list(pad)), w, groups=groups)
 
 
-def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
+def demodulation(weight: Tensor | LowRankWeight, styles: Tensor) -> Tensor:
     """Factors (N, out) that bring the outputs back to unit variance, without a weight per sample."""
-    energy = weight.square().sum(dim=(2, 3))
+    energy = _energy(weight) if isinstance(weight, LowRankWeight) else weight.square().sum(dim=(2, 3))
     return (styles.to(energy.dtype).square() @ energy.t() + 1e-8).rsqrt()
+
+
+def _energy(weight: LowRankWeight) -> Tensor:
+    """Σ over the kernel of (base + left @ right)², (out, in), in closed form from the factors."""
+    base, left, right = weight.base, weight.left, weight.right.unflatten(1, weight.base.shape[1:])
+    cross = torch.einsum("or,ori->oi", left, torch.einsum("oihw,rihw->ori", base, right))
+    gram = torch.einsum("rihw,sihw->rsi", right, right)
+    return base.square().sum(dim=(2, 3)) + 2 * cross + torch.einsum("or,os,rsi->oi", left, left, gram)
 
 
 def prenormalize(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,7 +318,7 @@ def prenormalize(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
 
 def modulated_conv2d(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | LowRankWeight,
     styles: Tensor,
     noise: Tensor | None = None,
     up: int = 1,
@@ -324,11 +333,16 @@ def modulated_conv2d(
 
     x (N, in, H, W) -> (N, out, up H / down, up W / down), plus noise (broadcast over channels).
     fused_modconv=True builds one weight per sample and runs a grouped convolution; False scales x and the result
-    around one convolution with the shared weight, which is equal and needs no per-sample weight.
+    around one convolution with the shared weight, which is equal and needs no per-sample weight. Unfused, a
+    LowRankWeight stays factored: two small convolutions beside the base's, no gradient of the weight's size.
     """
+    if isinstance(weight, LowRankWeight) and (fused_modconv or (x.dtype == torch.float16 and demodulate)):
+        weight = weight.dense()  # one weight per sample, or each output's largest weight, needs all of it
     if x.dtype == torch.float16 and demodulate:
+        assert isinstance(weight, Tensor)
         weight, styles = prenormalize(weight, styles)
     if fused_modconv:
+        assert isinstance(weight, Tensor)
         n, channels = x.shape[:2]
         per_sample = weight.unsqueeze(0) * styles[:, None, :, None, None]
         if demodulate:
@@ -338,7 +352,13 @@ def modulated_conv2d(
         x = x.reshape(n, -1, *x.shape[2:])
     else:
         x = x * styles.to(x.dtype)[:, :, None, None]
-        x = conv2d_resample(x, weight.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
+        if isinstance(weight, LowRankWeight):
+            filters = weight.right.unflatten(1, weight.base.shape[1:])
+            hidden = conv2d_resample(x, filters.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
+            whole = conv2d_resample(x, weight.base.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
+            x = whole + F.conv2d(hidden, weight.left[:, :, None, None].to(x.dtype))
+        else:
+            x = conv2d_resample(x, weight.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
         if demodulate:
             x = x * demodulation(weight, styles).to(x.dtype)[:, :, None, None]
     return x if noise is None else x + noise.to(x.dtype)
