@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +26,21 @@ FORMAT_VERSION = "1"
 _FIELDS = ("format", "format_version", "method", "options", "ranks", "trained", "buffers", "base_fingerprint")
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write atomically: a temporary file beside `path`, fsynced, renamed. A reader never sees half a file."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file atomically: yields a temporary path beside `path`, which is then fsynced and renamed.
+
+    A reader never sees half a file; if the block raises, nothing changes. Missing folders are made.
+    """
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path} is a folder; give a file name, such as {path / 'adapter.safetensors'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
+    temporary = Path(name)
     try:
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-            temporary,
-            dict(metadata),
-        )
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         # mkstemp's 0600 would surprise whoever shares the folder; give it what open() would have given
@@ -47,9 +49,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return path
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write tensors and text metadata as one safetensors file, atomically."""
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, dict(metadata))
+    return Path(path)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

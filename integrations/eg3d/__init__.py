@@ -13,7 +13,7 @@ from convlora.integrations.eg3d.generator import TriPlaneGenerator
 
 # public name -> (module in this package, attribute; None = the module itself)
 _LAZY: dict[str, tuple[str, str | None]] = {
-    "prepare": ("album", "prepare"),
+    "load_album": ("album", "load_album"),
     "find_anchors": ("anchors", "find_anchors"),
     "personalize": ("personalize", "personalize"),
     "inject_personal": ("personalize", "inject_personal"),

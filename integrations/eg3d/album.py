@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from convlora.integrations.eg3d.images import load_rgb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Photos(NamedTuple):
+@dataclass(frozen=True)
+class Photos:
     """images (N, 3, R, R) in [-1, 1], labels (N, 25), and the N file names they came from."""
 
     images: Tensor

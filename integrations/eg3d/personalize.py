@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from tqdm import tqdm
 import convlora
 from convlora import Adapter
 from convlora.errors import ConvloraError, FileError
+from convlora.files import replacing
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
@@ -174,15 +173,8 @@ def _save(path: Path, tuned: list, optimizer, scheduler, step: int, steps: int, 
         "step": step, "steps": steps, "history": history,
     }  # fmt: skip
     state["scheduler"].pop("lr_lambdas", None)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _resume(path: Path, tuned: list, optimizer, scheduler, steps: int):  # noqa: ANN001, ANN202

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -62,12 +63,14 @@ class Evaluation(NamedTuple):
 
 
 def personalize_album(
-    G: TriPlaneGenerator, album: Album, out: RunFolder, settings: Settings, networks: Networks, progress: bool = True
-) -> Report:
+    G: TriPlaneGenerator, album: Album, out: RunFolder, settings: Settings, networks: Networks, *, command: str = "",
+    progress: bool = True,
+) -> Report:  # fmt: skip
     """Run every stage, each resumable, into the open folder `out`; G stays as it is.
 
     Writes `anchors.safetensors`, `adapter.safetensors` and the checkpoints of what is under way.
     """
+    inject_personal(G, settings.rank, settings.preset).remove()  # a wrong rank is told now, not in ten minutes
     with out.timed("anchors"):
         anchors = invert(G, album.train, out, "anchors", settings, networks, progress)
     models: dict[str, TriPlaneGenerator] = {PRETRAINED: G}
@@ -94,8 +97,8 @@ def personalize_album(
         title=f"A personal 3D generator of {album.person}",
         person=album.person,
         notice=_notice(album),
-        command="",
-        environment={},
+        command=command,
+        environment=_environment(next(G.parameters()).device),
         settings={key: str(value) for key, value in asdict(settings).items()},
         album=album.train.images,
         rows=list(rows.values()),
@@ -202,6 +205,12 @@ def _orbit(G: TriPlaneGenerator) -> dict:
         "pivot": G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)),
         "radius": G.rendering_kwargs.get("avg_camera_radius", cameras.RADIUS),
     }
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    date = datetime.date.today().isoformat()
+    return {"device": name, "torch": torch.__version__, "convlora": convlora.__version__, "date": date}
 
 
 def _notice(album: Album) -> str:

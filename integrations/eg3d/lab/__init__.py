@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .people import EVAL_SEEDS, PERSON_A, Person, evaluation_people, photos, write_album
-from .world import (
+from convlora.integrations.eg3d.lab import networks
+from convlora.integrations.eg3d.lab.encoder import w_encoder
+from convlora.integrations.eg3d.lab.people import (
+    EVAL_SEEDS,
+    PERSON_A,
+    Person,
+    evaluation_people,
+    photos,
+    write_album,
+)
+from convlora.integrations.eg3d.lab.world import (
     anchors3d,
     attributes,
     landmarks,
@@ -17,6 +26,7 @@ from .world import (
 )
 
 __all__ = [
-    "EVAL_SEEDS", "PERSON_A", "Person", "anchors3d", "attributes", "evaluation_people", "landmarks", "photos",
-    "render", "sample_identity", "sample_nuisance", "sample_traits", "sdf", "trace", "write_album", "z_from_params",
+    "EVAL_SEEDS", "PERSON_A", "Person", "anchors3d", "attributes", "evaluation_people", "landmarks", "networks",
+    "photos", "render", "sample_identity", "sample_nuisance", "sample_traits", "sdf", "trace", "w_encoder",
+    "write_album", "z_from_params",
 ]  # fmt: skip
