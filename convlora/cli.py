@@ -77,7 +77,9 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"  {key}: {metadata[key]}")
     print(f"  options: {json.dumps(fields['options'])}")
     for layer, (rank, inner) in fields["ranks"].items():
-        shapes = {key.rpartition("/")[2]: list(t.shape) for key, t in tensors.items() if key.rpartition("/")[0] == layer}
+        shapes = {
+            key.rpartition("/")[2]: list(t.shape) for key, t in tensors.items() if key.rpartition("/")[0] == layer
+        }
         print(f"  {layer}: rank {rank}" + (f" (inner {inner})" if inner != rank else "") + f" {shapes}")
     for name in [*fields["trained"], *fields["buffers"]]:
         print(f"  {name}: in full {list(tensors[f'train/{name}'].shape)}")

@@ -57,6 +57,11 @@ frontal = eg3d.cameras.frontal(1)
 between = eg3d.tasks.interpolate(fresh, anchors.w[0], anchors.w[1], frontal, weights=7)[:, 0]
 images.save_sheet(
     out / "sheet.png",
-    [("photos", album.train.images[:7]), ("pretrained", pretrained[:7]), ("personal", personal[:7]), ("between", between)],
+    [
+        ("photos", album.train.images[:7]),
+        ("pretrained", pretrained[:7]),
+        ("personal", personal[:7]),
+        ("between", between),
+    ],
 )
 print(f"look at {out / 'sheet.png'} and {out / 'orbit.webp'}")

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from PIL import Image
+from tiny import SIDE, tiny_photos, write_tiny_album
 
 from convlora.errors import AlbumError
 from convlora.integrations.eg3d.album import load_album
-from tiny import SIDE, tiny_photos, write_tiny_album
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import tiny_generator, tiny_photos
 
 import convlora
 from convlora.errors import ConvloraError, FileError
@@ -16,7 +17,6 @@ from convlora.integrations.eg3d.anchors import Anchors, find_anchors
 from convlora.integrations.eg3d.metrics import id_sim, psnr
 from convlora.integrations.eg3d.personalize import TARGETS, inject_personal, personalize, tune, unfreeze
 from convlora.integrations.eg3d.tasks import interpolate, novel_views
-from tiny import tiny_generator, tiny_photos
 
 
 @pytest.fixture(scope="module")

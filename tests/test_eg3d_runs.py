@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_generator, write_tiny_album
 
 from convlora import cli
 from convlora.errors import ConvloraError
 from convlora.integrations import eg3d
 from convlora.integrations.eg3d import pipeline
 from convlora.integrations.eg3d.run_folder import RunFolder
-from tiny import tiny_generator, write_tiny_album
 
 SHORT = ["--anchor-steps", "2", "--steps", "12", "--batch-size", "2", "--quiet"]
 
@@ -29,11 +29,17 @@ def files(tmp_path):
 
 def test_a_folder_is_new_resumed_or_refused(tmp_path):
     with RunFolder(tmp_path / "run", {"steps": 3}) as folder, folder.timed("stage"):
-        with pytest.raises(ConvloraError, match="in use by another running process"), RunFolder(tmp_path / "run", {"steps": 3}):
+        with (
+            pytest.raises(ConvloraError, match="in use by another running process"),
+            RunFolder(tmp_path / "run", {"steps": 3}),
+        ):
             pass
     with RunFolder(tmp_path / "run", {"steps": 3}) as folder:
         assert folder.seconds()["stage"] > 0
-    with pytest.raises(ConvloraError, match="other settings .steps: 3 there, 4 now"), RunFolder(tmp_path / "run", {"steps": 4}):
+    with (
+        pytest.raises(ConvloraError, match="other settings .steps: 3 there, 4 now"),
+        RunFolder(tmp_path / "run", {"steps": 4}),
+    ):
         pass
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
@@ -77,7 +83,9 @@ def test_a_killed_run_resumes_to_the_same_adapter(files, tmp_path, monkeypatch, 
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "again" / "adapter.safetensors").exists()
     assert cli.main(again) == 0
-    assert all(torch.equal(value, wanted[key]) for key, value in tensors(tmp_path / "again" / "adapter.safetensors").items())
+    assert all(
+        torch.equal(value, wanted[key]) for key, value in tensors(tmp_path / "again" / "adapter.safetensors").items()
+    )
 
 
 def tensors(path):

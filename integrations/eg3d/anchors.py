@@ -33,7 +33,9 @@ class Anchors(NamedTuple):
     def save(self, path: str | Path, **metadata: str) -> Path:
         """One safetensors file, written atomically; the order of names is kept in it."""
         tensors = {"w": self.w, "loss": self.loss}
-        return files.write(Path(path), tensors, {"format": "convlora-anchors", "names": json.dumps(self.names), **metadata})
+        return files.write(
+            Path(path), tensors, {"format": "convlora-anchors", "names": json.dumps(self.names), **metadata}
+        )
 
     @staticmethod
     def load(path: str | Path) -> Anchors:
@@ -79,7 +81,7 @@ def find_anchors(
     device = next(G.parameters()).device
     start, spread = _start(G, photos.to(device), init, w_samples, seed)
     if noise is None:
-        noise = 0.05 if init in ("mean", "random") else 0.0  # type: ignore[comparison-overlap]
+        noise = 0.05 if isinstance(init, str) else 0.0
     done, loss = torch.empty(0, G.w_dim), torch.empty(0)
     if checkpoint is not None and Path(checkpoint).is_file():
         kept = Anchors.load(checkpoint)
@@ -110,7 +112,9 @@ def find_anchors(
                     optimizer.step()
                     bar.update()
             if not bool(each.isfinite().all()):
-                raise ConvloraError(f"the inversion of {', '.join(names)} diverged (loss {each.tolist()}); lower lr={lr}")
+                raise ConvloraError(
+                    f"the inversion of {', '.join(names)} diverged (loss {each.tolist()}); lower lr={lr}"
+                )
             done, loss = torch.cat([done, w.detach().cpu()]), torch.cat([loss, each.detach().cpu()])
             if checkpoint is not None:
                 Anchors(done, photos.names[: len(done)], loss).save(checkpoint)
@@ -137,7 +141,9 @@ def _mapped(G: TriPlaneGenerator, samples: int, seed: int) -> Tensor:
         return G.mapping(z, cameras.frontal(samples, pivot, radius, device))[:, 0]
 
 
-def _start(G: TriPlaneGenerator, photos: Photos, init: str | Encoder | Tensor, samples: int, seed: int):  # noqa: ANN202
+def _start(
+    G: TriPlaneGenerator, photos: Photos, init: str | Encoder | Tensor, samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
     mean, spread = w_statistics(G, samples)
     if isinstance(init, Tensor):
         start = init.to(mean)

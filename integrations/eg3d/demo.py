@@ -25,7 +25,7 @@ def lab_networks(device: torch.device | str = "cpu") -> Networks:
     from convlora.integrations.eg3d import lab
 
     return Networks(
-        lab.networks.load("perceptual", device).distance,
+        lab.networks.perceptual_distance,
         lambda images: lab.networks.load("identity", device)(images.to(device)),
         lab.w_encoder(load_generator("lab", device)),
     )

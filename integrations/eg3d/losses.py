@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from convlora.integrations.eg3d.album import resize
@@ -21,10 +22,10 @@ def reconstruct(G: TriPlaneGenerator, w: Tensor, labels: Tensor, **kwargs: objec
 
 def photo_loss(out: dict[str, Tensor], target: Tensor, perceptual: Perceptual | None, weight: float = 1.0) -> Tensor:
     """(N,): Σ over image_raw and image of MSE + weight·perceptual; the target is resized to image_raw's side."""
-    total = 0.0
+    total = torch.zeros(len(target), device=target.device)
     for image in (out["image_raw"], out["image"]):
         truth = resize(target, image.shape[-1])
         total = total + (image - truth).square().mean((1, 2, 3))
         if perceptual is not None:
             total = total + weight * perceptual(image, truth).flatten()
-    return total  # type: ignore[return-value]
+    return total

@@ -60,6 +60,12 @@ def inject_personal(
     )
 
 
+def parameter_groups(adapter: Adapter, lr: float, lr_full: float) -> list[dict[str, Any]]:
+    """Adam's groups: the low-rank factors with `lr`, the tensors trained in full with `lr_full`."""
+    low_rank = [p for change in adapter.layers.values() for p in change.parameters()]
+    return [{"params": low_rank, "lr": lr}, {"params": [f.value for f in adapter.trained.values()], "lr": lr_full}]
+
+
 def unfreeze(G: TriPlaneGenerator) -> list[nn.Parameter]:
     """Full fine-tuning, the baseline: all of G but the mapping network. Returns its trainable parameters."""
     for name, parameter in G.named_parameters():
@@ -86,9 +92,7 @@ def personalize(
 ) -> Adapter:
     """Personalise G in place: `inject_personal`, then `tune` on (photo, camera, anchor) triples; returns the handle."""
     adapter = inject_personal(G, rank, preset)
-    low_rank = [p for change in adapter.layers.values() for p in change.parameters()]
-    whole = [full.value for full in adapter.trained.values()]
-    groups = [{"params": low_rank, "lr": lr}, {"params": whole, "lr": lr if lr_full is None else lr_full}]
+    groups = parameter_groups(adapter, lr, lr if lr_full is None else lr_full)
     tune(
         G, photos, anchors, groups, steps=steps, batch_size=batch_size, perceptual=perceptual,
         perceptual_weight=perceptual_weight, checkpoint=checkpoint, seed=seed, progress=progress,
@@ -119,12 +123,16 @@ def tune(
     depend on `seed` and the step alone, so a run resumed from `checkpoint` ends where an uninterrupted one does.
     """
     if anchors.names != photos.names:
-        raise ConvloraError("anchors and photos are not of the same files in the same order; find_anchors gives them so")
+        raise ConvloraError(
+            "anchors and photos are not of the same files in the same order; find_anchors gives them so"
+        )
     groups = [{**group, "params": list(group["params"])} for group in parameters]
     device = next(G.parameters()).device
     images, labels, w = photos.images.to(device), photos.labels.to(device), anchors.w.to(device)
     optimizer = torch.optim.Adam(groups, lr=0.002, betas=(0.0, 0.992), eps=1e-8)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.55 + 0.45 * math.cos(math.pi * min(1.0, s / steps)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: 0.55 + 0.45 * math.cos(math.pi * min(1.0, s / steps))
+    )
     tuned = [p for group in groups for p in group["params"]]
     history: list[tuple[int, float]] = []
     first = 0
@@ -167,8 +175,16 @@ def _order(count: int, draws: int, seed: int) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
 
 
-def _save(path: Path, tuned: list, optimizer, scheduler, step: int, steps: int, history: list) -> None:  # noqa: ANN001
-    state = {
+def _save(
+    path: Path,
+    tuned: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    step: int,
+    steps: int,
+    history: list[tuple[int, float]],
+) -> None:
+    state: dict[str, Any] = {
         "tuned": [p.detach() for p in tuned], "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
         "step": step, "steps": steps, "history": history,
     }  # fmt: skip
@@ -177,7 +193,13 @@ def _save(path: Path, tuned: list, optimizer, scheduler, step: int, steps: int, 
         torch.save(state, temporary)
 
 
-def _resume(path: Path, tuned: list, optimizer, scheduler, steps: int):  # noqa: ANN001, ANN202
+def _resume(
+    path: Path,
+    tuned: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    steps: int,
+) -> tuple[int, list[tuple[int, float]]]:
     try:
         state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

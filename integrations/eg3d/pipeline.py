@@ -7,10 +7,11 @@ import datetime
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import convlora
 from convlora import Adapter
@@ -18,10 +19,11 @@ from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Album, Photos
 from convlora.integrations.eg3d.anchors import Anchors, Encoder, find_anchors
+from convlora.integrations.eg3d.checkpoint import save_generator
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual
 from convlora.integrations.eg3d.metrics import IdentityEncoder, id_sim, psnr
-from convlora.integrations.eg3d.personalize import Preset, inject_personal, tune, unfreeze
+from convlora.integrations.eg3d.personalize import Preset, inject_personal, parameter_groups, tune, unfreeze
 from convlora.integrations.eg3d.report import Report, Row, Spread
 from convlora.integrations.eg3d.run_folder import RunFolder
 from convlora.integrations.eg3d.tasks import interpolate, novel_views
@@ -159,17 +161,14 @@ def _tuned(
 ) -> tuple[TriPlaneGenerator, Row, list[tuple[int, float]]]:  # fmt: skip
     model = copy.deepcopy(G)
     adapter: Adapter | None = None
-    groups: list[dict[str, list[nn.Parameter] | float]]
+    groups: list[dict[str, Any]]
     if name == FULL:
         groups = [{"params": unfreeze(model), "lr": settings.lr_full}]
     else:
         torch.manual_seed(settings.seed)
         adapter = inject_personal(model, settings.rank, settings.preset)
-        groups = [
-            {"params": [p for change in adapter.layers.values() for p in change.parameters()], "lr": settings.lr},
-            {"params": [full.value for full in adapter.trained.values()], "lr": settings.lr_full},
-        ]
-    trainables = sum(p.numel() for group in groups for p in group["params"])  # type: ignore[union-attr]
+        groups = parameter_groups(adapter, settings.lr, settings.lr_full)
+    trainables = sum(p.numel() for group in groups for p in group["params"])
     curve = tune(
         model, album.train, anchors, groups, steps=settings.steps, batch_size=settings.batch_size,
         perceptual=networks.perceptual, perceptual_weight=settings.perceptual_weight, seed=settings.seed,
@@ -177,7 +176,8 @@ def _tuned(
     )  # fmt: skip
     if adapter is None:
         model.requires_grad_(False)
-        return model, Row(name, trainables, 4 * trainables, None, {}), curve
+        path = save_generator(model, out / "full.safetensors")
+        return model, Row(name, trainables, path.stat().st_size, None, {}), curve
     path = adapter.save(out / "adapter.safetensors", person=album.person, consent=_consent(album))
     check_reload(G, model, path, anchors.w[:1], album.train.labels[:1])
     for p in adapter.parameters():
@@ -185,7 +185,7 @@ def _tuned(
     return model, Row(name, trainables, path.stat().st_size, None, {}), curve
 
 
-def check_reload(G: TriPlaneGenerator, model: TriPlaneGenerator, path, w: Tensor, label: Tensor) -> None:  # noqa: ANN001
+def check_reload(G: TriPlaneGenerator, model: TriPlaneGenerator, path: Path, w: Tensor, label: Tensor) -> None:
     """The file, on a fresh copy of the base, must give the very images of the model it was saved from."""
     fresh = copy.deepcopy(G)
     convlora.load_adapter(fresh, path)
@@ -200,7 +200,7 @@ def _embed(identity: Callable[[Tensor], Tensor] | None, images: Tensor) -> Tenso
         return torch.cat([identity(chunk).cpu() for chunk in images.split(64)])
 
 
-def _orbit(G: TriPlaneGenerator) -> dict:
+def _orbit(G: TriPlaneGenerator) -> dict[str, Any]:
     return {
         "pivot": G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)),
         "radius": G.rendering_kwargs.get("avg_camera_radius", cameras.RADIUS),

@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _lock(folder: Path) -> IO[str]:
     # The lock belongs to the open file: it ends with the process, however that ends.
-    handle = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+    handle = open(folder / ".lock", "w", encoding="utf-8")
     try:
         import fcntl
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlora.errors import ConvloraError
-from convlora.layers import LowRankWeight, register_layer
 from convlora.integrations.stylegan2.ops import (
     bias_act,
     conv2d_resample,
@@ -22,6 +21,7 @@ from convlora.integrations.stylegan2.ops import (
     modulated_conv2d,
     setup_filter,
 )
+from convlora.layers import LowRankWeight, register_layer
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("random", "const", "none")

@@ -105,7 +105,7 @@ class Trainer:
         self.plan, self.device = plan, device
         torch.manual_seed(plan.seed)
         self.rng = torch.Generator().manual_seed(plan.seed)
-        self.model = TriPlaneGenerator(**CONFIGS["lab"]).to(device).train()
+        self.model = TriPlaneGenerator(**CONFIGS["lab"]).to(device, memory_format=torch.channels_last).train()
         self.options: dict[str, Any] = self.model.rendering_kwargs
         prepare(self.model)
         self.average = deepcopy(self.model).eval().requires_grad_(False)

@@ -90,7 +90,7 @@ def byte_size(count: int | None) -> str:
     value, unit = (count / 1e3, "kB") if count < 999_500 else (count / 1e6, "MB")
     if value >= 999.5:
         value, unit = value / 1e3, "GB"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
 def duration(seconds: float | None) -> str:
