@@ -1,4 +1,4 @@
-"""One training step (forward + backward) of a layer: frozen, fully trained, LoRA on the weight and on the low-rank path.
+"""One training step (forward + backward) of a layer: frozen, in full, LoRA on the weight and on the low-rank path.
 
 python benchmarks/step.py [--device cuda] [--pairs 7]
 
@@ -13,6 +13,7 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -20,19 +21,18 @@ from torch import nn
 import convlora
 from convlora.integrations.stylegan2.layers import SynthesisLayer
 
-# name, layer, its inputs
-CASES = [
-    *(
-        (f"modulated {c} ch {s}²", lambda c=c, s=s: SynthesisLayer(c, c, 512, s), lambda c=c, s=s: (torch.randn(4, c, s, s), torch.randn(4, 512)))
-        for c, s in ((512, 8), (512, 16), (512, 32), (256, 64), (128, 32), (128, 128), (64, 64), (32, 128))
-    ),
-    *(
-        (f"Conv2d {c} ch {s}²", lambda c=c: nn.Conv2d(c, c, 3, padding=1), lambda c=c, s=s: (torch.randn(4, c, s, s),))
-        for c, s in ((512, 8), (512, 16), (512, 32), (256, 32), (128, 64), (64, 64), (32, 128))
-    ),
-    ("Linear 512, 8 rows", lambda: nn.Linear(512, 512), lambda: (torch.randn(8, 512),)),
-    ("Linear 1024, 4096 rows", lambda: nn.Linear(1024, 1024), lambda: (torch.randn(4096, 1024),)),
-]  # fmt: skip
+MODULATED = ((512, 8), (512, 16), (512, 32), (256, 64), (128, 32), (128, 128), (64, 64), (32, 128))  # channels, side
+PLAIN = ((512, 8), (512, 16), (512, 32), (256, 32), (128, 64), (64, 64), (32, 128))
+
+
+def cases() -> Iterator[tuple[str, nn.Module, tuple[torch.Tensor, ...]]]:
+    """Name, layer and inputs, built one after the other."""
+    for c, s in MODULATED:
+        yield f"modulated {c} ch {s}²", SynthesisLayer(c, c, 512, s), (torch.randn(4, c, s, s), torch.randn(4, 512))
+    for c, s in PLAIN:
+        yield f"Conv2d {c} ch {s}²", nn.Conv2d(c, c, 3, padding=1), (torch.randn(4, c, s, s),)
+    yield "Linear 512, 8 rows", nn.Linear(512, 512), (torch.randn(8, 512),)
+    yield "Linear 1024, 4096 rows", nn.Linear(1024, 1024), (torch.randn(4096, 1024),)
 
 
 def variants(layer: nn.Module) -> dict[str, nn.Module]:
@@ -70,10 +70,10 @@ def main() -> None:
     figures = {}
     print(f"torch {torch.__version__}, {options.device}, {options.threads} threads; time relative to full fine-tuning")
     print(f"{'layer':26}{'frozen':>10}{'weight':>10}{'low_rank':>10}")
-    for name, build, make_inputs in CASES:
-        torch.manual_seed(0)
-        models = variants(build().to(options.device))
-        inputs = tuple(t.to(options.device) for t in make_inputs())
+    torch.manual_seed(0)
+    for name, layer, tensors in cases():
+        models = variants(layer.to(options.device))
+        inputs = tuple(t.to(options.device) for t in tensors)
         for model in models.values():
             step(model, inputs)
         rounds = [{key: step(model, inputs) for key, model in models.items()} for _ in range(options.pairs)]

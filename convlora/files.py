@@ -65,7 +65,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file; `FileError` if it is missing, truncated or no such file."""
     path = Path(path)
     if not path.is_file():
-        raise FileError(f"no adapter file at {path}")
+        raise FileError(f"no such file: {path}")
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})

@@ -361,8 +361,10 @@ def test_bad_files_and_options(tmp_path):
         G(z, c[:, :16])
 
 
-def test_names_that_come_later_are_listed():
-    assert {"prepare", "find_anchors", "personalize", "inject_personal", "tasks", "metrics"} <= set(dir(eg3d))
+def test_every_listed_name_can_be_imported():
+    names = {"load_album", "find_anchors", "personalize", "inject_personal", "tasks", "metrics", "lab", "report"}
+    assert names <= set(dir(eg3d))
+    assert all(getattr(eg3d, name) is not None for name in eg3d.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = eg3d.nothing
 

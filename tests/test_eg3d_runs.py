@@ -100,7 +100,7 @@ def test_wrong_input_exits_with_2_and_one_line(files, tmp_path, capsys):
         "no album folder": ["eg3d", "personalize", str(tmp_path / "nowhere"), "--out", str(out)],
         "not usable here": [*command, "--device", "cuda:77"],
         "rank 0 is below 1": [*command, "--rank", "0"],
-        "no adapter file": ["inspect", str(tmp_path / "none.safetensors")],
+        "no such file": ["inspect", str(tmp_path / "none.safetensors")],
         "1 to 50": ["eg3d", "demo", "--photos", "51", "--out", str(out)],
     }
     for message, arguments in wrong.items():

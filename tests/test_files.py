@@ -103,7 +103,7 @@ def plain(path):
 NO_SUCH_OPTION = '{"alpha": null, "rank_per": "matrix", "path": "auto", "zap": 1}'
 TWO_WRONG_KEYS = r"missing tensors \['0/A'\], unexpected tensors \['typo/A'\]"
 WRONG = {
-    "missing": (lambda path: path.with_name("nowhere.safetensors"), "no adapter file at"),
+    "missing": (lambda path: path.with_name("nowhere.safetensors"), "no such file"),
     "truncated": (truncate, "may be truncated"),
     "not an adapter": (plain, "is no convlora adapter"),
     "newer format": (lambda p: changed(p, format_version="99"), "format version '99'.*pip install --upgrade"),

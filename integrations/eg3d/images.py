@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlora.errors import AlbumError, ConvloraError, FileError
+from convlora.errors import AlbumError, ConvloraError
+from convlora.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -141,26 +140,10 @@ def save_animation(path: str | Path, frames: Tensor, seconds: float = 2.0) -> Pa
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write atomically: a temporary file beside `path`, fsynced, renamed. Makes missing folders."""
-    path = Path(path)
-    if path.is_dir():
-        raise FileError(f"{path} is a folder; give a file name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's 0600 would surprise whoever shares the folder; give it what open() would have given
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    """Write atomically; makes missing folders."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
 
 
 def _encode(picture: Image.Image, format: str, **options: object) -> bytes:

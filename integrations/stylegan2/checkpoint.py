@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from convlora import files
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.stylegan2.generator import Generator
 
@@ -32,19 +30,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
                 f"{file} must hold exactly one .safetensors file, found {len(found)}; name the file instead"
             )
         file = found[0]
-    if not file.is_file():
-        raise FileError(f"no such file: {file}")
     if file.suffix == ".pkl":
         raise FileError(
             f"{file} is a pickle, which can run code when opened; loading it is not supported. "
             "Give a .safetensors file with its configuration"
         )
-    try:
-        with safe_open(file, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{file} is not a readable safetensors file: {error}") from error
+    tensors, metadata = files.read(file)
     beside = file.with_name("config.json")
     if "config" not in metadata and not beside.is_file():
         raise FileError(
@@ -95,26 +86,9 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write state and config as one safetensors file: to a temporary file in the same folder, synced, then renamed."""
-    file = Path(path)
-    tensors = {}
-    for key, value in model.state_dict().items():
-        value = value.detach().cpu()
-        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        tensors[key] = value.contiguous().clone()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata={**(metadata or {}), "config": json.dumps(config)})
-        with open(name, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes private files; a checkpoint follows the usual permissions
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return file
+    """Write state and config as one safetensors file, atomically; `dtype` is that of the floating-point tensors."""
+    tensors = {key: files.cast(value, dtype).clone() for key, value in model.state_dict().items()}
+    return files.write(Path(path), tensors, {**(metadata or {}), "config": json.dumps(config)})
 
 
 def load_generator(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Generator:
