@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -316,14 +317,20 @@ def load_perceptual() -> nn.Module | None:
 
 
 def fit(trainer: Trainer, out: Path, command: str, export: Path) -> None:
-    """Train until the plan's minutes are spent; a checkpoint, a sheet and an export every ten minutes."""
+    """Train until the plan's minutes are spent; a checkpoint, a sheet and an export every ten minutes.
+
+    Ctrl-C or a plain kill saves a checkpoint first, for --resume.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    stopped: list[int] = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, _frame: stopped.append(number))
     budget = trainer.plan.minutes * 60
     saved = began = time.monotonic() - trainer.spent
     saved += trainer.spent
     shown: dict[str, float] = {}
     with tqdm(total=round(budget), initial=round(trainer.spent), unit="s", mininterval=30) as bar:
-        while trainer.spent < budget:
+        while trainer.spent < budget and not stopped:
             fraction = trainer.spent / budget
             if fraction >= trainer.plan.rays_share and trainer.perceptual is None:
                 trainer.perceptual = load_perceptual()
@@ -341,6 +348,8 @@ def fit(trainer: Trainer, out: Path, command: str, export: Path) -> None:
                 log(out / "judged.csv", trainer, facts)
                 trainer.export(export, {"command": command, "seed": trainer.plan.seed, **facts})
                 saved = time.monotonic()
+    if stopped:
+        trainer.save(out / "last.pt")
 
 
 def log(path: Path, trainer: Trainer, values: dict[str, float]) -> None:
