@@ -13,41 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from convlora import files
-from convlora.attach import base_parameters, detach, find_change, is_merged, merge, unmerge
+from convlora.attach import base_parameters, detach, find_change, frozen, is_merged, merge, unmerge
 from convlora.errors import ConvloraError, FileError, TargetError
-from convlora.fingerprint import fingerprint
-from convlora.layers import Slot, as_matrix, find_slot
-from convlora.methods import Change, Full, LowRankChange
+from convlora.layers import Slot, as_matrix
+from convlora.methods import Change, Full
+from convlora.record import Record
 
 _REGISTRY = "_convlora"  # in the model's __dict__, so that deepcopy and torch.save take it along
-
-
-@dataclass
-class Record:
-    """What an adapter is, apart from its tensors: enough to build it again on the same base model."""
-
-    name: str
-    method: str
-    ranks: dict[str, tuple[int, int]]  # {module name: (nominal rank, inner size)}
-    options: dict[str, Any]
-    trained: list[str]  # parameter names
-    buffers: list[str]  # buffer names, saved with the trained tensors
-    base_fingerprint: str
-
-    def slot(self, model: nn.Module, layer: str) -> Slot:
-        slot = find_slot(model.get_submodule(layer))
-        if slot is None:
-            raise ConvloraError(f"module {layer!r} no longer holds a weight that can be adapted")
-        return slot
-
-    def parameter_slot(self, model: nn.Module, parameter: str) -> Slot:
-        owner, _, name = parameter.rpartition(".")
-        return Slot(model.get_submodule(owner), name)
-
-    def slots(self, model: nn.Module) -> dict[str, Slot]:
-        """Every slot this adapter acts on, by its name in files: `<module>` or `train/<parameter>`."""
-        layers = {layer: self.slot(model, layer) for layer in self.ranks}
-        return layers | {f"train/{name}": self.parameter_slot(model, name) for name in self.trained}
 
 
 @dataclass
@@ -56,13 +28,6 @@ class _Registry:
     records: dict[str, Record] = field(default_factory=dict)
     base_buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     idle_buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of adapters that are disabled
-
-
-def new_record(
-    model: nn.Module, name: str, method: str, ranks: dict[str, tuple[int, int]], options: dict[str, Any],
-    trained: list[str], buffers: list[str],
-) -> Record:  # fmt: skip
-    return Record(name, method, ranks, options, trained, buffers, fingerprint(model))
 
 
 def register(model: nn.Module, record: Record) -> Adapter:
@@ -162,7 +127,7 @@ class Adapter:
                 f"adapter {self.name!r} has no layer {module_name!r}; it has {', '.join(self.record.ranks)}"
             )
         slot = self.record.slot(self.model, module_name)
-        change, w0 = self._change(slot), self._base(slot)
+        change, w0 = self._change(slot), frozen(slot, self.name)
         return (change.strength * change.delta(as_matrix(w0))).view(w0.shape)
 
     def summary(self) -> str:
@@ -170,7 +135,7 @@ class Adapter:
         rows = [("layer", "matrix", "rank", "values", "‖ΔW‖/‖W₀‖")]
         with torch.no_grad():
             for layer, change in self.layers.items():
-                w0 = self._base(self.record.slot(self.model, layer))
+                w0 = frozen(self.record.slot(self.model, layer), self.name)
                 ratio = float(self.delta(layer).norm() / w0.norm().clamp_min(1e-30))
                 out, cols = as_matrix(w0).shape
                 values = sum(p.numel() for p in change.parameters())
@@ -307,13 +272,6 @@ class Adapter:
     def _changes(self) -> list[Change]:
         return [self._change(slot) for slot in self.record.slots(self.model).values()]
 
-    def _base(self, slot: Slot) -> Tensor:
-        entries = slot.owner.__dict__.get("_convlora_merged", ())
-        originals = [
-            entry.original for entry in entries if (entry.parameter, entry.adapter) == (slot.parameter, self.name)
-        ]
-        return originals[0].detach() if originals else slot.tensor.detach()
-
     def _switch(self, on: bool) -> None:
         for change in self._changes():
             change.enabled = on
@@ -368,6 +326,3 @@ def _buffer(model: nn.Module, name: str) -> Tensor:
 def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._buffers[leaf] = tensor
-
-
-__all__ = ["Adapter", "LowRankChange", "Record"]

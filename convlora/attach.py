@@ -68,9 +68,9 @@ def detach(slot: Slot, adapter: str) -> Change:
 
 def find_change(slot: Slot, adapter: str) -> Change | None:
     """The change of this name, attached or merged, or None."""
-    for entry in slot.owner.__dict__.get(_MERGED, ()):
-        if (entry.parameter, entry.adapter) == (slot.parameter, adapter):
-            return entry.change
+    entry = _merged_entry(slot, adapter)
+    if entry is not None:
+        return entry.change
     return next((change for name, change in _changes(slot.owner, slot.parameter) if name == adapter), None)
 
 
@@ -113,8 +113,18 @@ def unmerge(slot: Slot, adapter: str) -> None:
 
 
 def is_merged(slot: Slot, adapter: str) -> bool:
+    return _merged_entry(slot, adapter) is not None
+
+
+def frozen(slot: Slot, adapter: str) -> Tensor:
+    """The tensor W₀ that this adapter's change is added to, also while it is merged."""
+    entry = _merged_entry(slot, adapter)
+    return (slot.tensor if entry is None else entry.original).detach()
+
+
+def _merged_entry(slot: Slot, adapter: str) -> Merged | None:
     entries = slot.owner.__dict__.get(_MERGED, ())
-    return any((entry.parameter, entry.adapter) == (slot.parameter, adapter) for entry in entries)
+    return next((e for e in entries if (e.parameter, e.adapter) == (slot.parameter, adapter)), None)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

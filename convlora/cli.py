@@ -71,17 +71,17 @@ def _inspect(options: argparse.Namespace) -> None:
     from convlora import files
 
     tensors, metadata = files.read(options.file)
-    fields = files.record_fields(options.file, metadata)
-    print(f"{options.file}: {fields['method']} adapter, {options.file.stat().st_size:,} bytes")
+    record = files.record_of(options.file, metadata)
+    print(f"{options.file}: {record.method} adapter, {options.file.stat().st_size:,} bytes")
     for key in sorted(set(metadata) - {"options", "ranks", "trained", "buffers", "format"}):
         print(f"  {key}: {metadata[key]}")
-    print(f"  options: {json.dumps(fields['options'])}")
-    for layer, (rank, inner) in fields["ranks"].items():
+    print(f"  options: {json.dumps(record.options)}")
+    for layer, (rank, inner) in record.ranks.items():
         shapes = {
             key.rpartition("/")[2]: list(t.shape) for key, t in tensors.items() if key.rpartition("/")[0] == layer
         }
         print(f"  {layer}: rank {rank}" + (f" (inner {inner})" if inner != rank else "") + f" {shapes}")
-    for name in [*fields["trained"], *fields["buffers"]]:
+    for name in [*record.trained, *record.buffers]:
         print(f"  {name}: in full {list(tensors[f'train/{name}'].shape)}")
 
 

@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +17,7 @@ from torch import Tensor
 
 from convlora._version import __version__
 from convlora.errors import ConvloraError, FileError
-
-if TYPE_CHECKING:
-    from convlora.adapter import Record
+from convlora.record import Record
 
 FORMAT_VERSION = "1"
 _FIELDS = ("format", "format_version", "method", "options", "ranks", "trained", "buffers", "base_fingerprint")
@@ -94,8 +91,8 @@ def metadata_of(record: Record, extra: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def record_fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a `Record` from a file's metadata, checked."""
+def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") -> Record:
+    """The record that a file's metadata describes, checked, under the adapter's name on the model."""
     if metadata.get("format") != "convlora":
         raise FileError(f"{path} is no convlora adapter (metadata format={metadata.get('format')!r})")
     if metadata.get("format_version") != FORMAT_VERSION:
@@ -104,16 +101,16 @@ def record_fields(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{FORMAT_VERSION!r}: pip install --upgrade convlora"
         )
     try:
-        return {
-            "method": metadata["method"],
-            "options": dict(json.loads(metadata["options"])),
-            "ranks": {
-                layer: (int(nominal), int(inner)) for layer, (nominal, inner) in json.loads(metadata["ranks"]).items()
-            },
-            "trained": list(json.loads(metadata["trained"])),
-            "buffers": list(json.loads(metadata["buffers"])),
-            "base_fingerprint": metadata["base_fingerprint"],
-        }
+        ranks = {layer: (int(nominal), int(inner)) for layer, (nominal, inner) in json.loads(metadata["ranks"]).items()}
+        return Record(
+            name,
+            metadata["method"],
+            ranks,
+            dict(json.loads(metadata["options"])),
+            list(json.loads(metadata["trained"])),
+            list(json.loads(metadata["buffers"])),
+            metadata["base_fingerprint"],
+        )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: damaged adapter metadata ({type(error).__name__}: {error})") from None
 

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from convlora.adapter import Adapter, Record, new_record, register
+from convlora.adapter import Adapter, register
 from convlora.attach import attach, base_parameters, find_change
 from convlora.errors import ConvloraError, TargetError
+from convlora.fingerprint import fingerprint
 from convlora.layers import LowRankForward, as_matrix, low_rank_forward
 from convlora.methods import METHODS, Change, Full, LowRankChange
+from convlora.record import Record
 from convlora.targets import Patterns, resolve_ranks, select_buffers, select_layers, select_parameters
 
 Path = Literal["auto", "weight", "low_rank"]
@@ -87,11 +89,9 @@ def inject(
     layers = {layer: slot for layer, slot in layers.items() if id(slot.tensor) not in tensors}
     resolved = resolve_ranks(layers, rank, ranks, rank_per)
     alphas = {layer: _alpha_of(layer, alpha) for layer in resolved}
-    record = new_record(
-        model, name, method, resolved,
-        {"alpha": alphas if isinstance(alpha, Mapping) else alpha, "rank_per": rank_per, "path": path, **options},
-        list(trained), select_buffers(model, train),
-    )  # fmt: skip
+    options |= {"alpha": alphas if isinstance(alpha, Mapping) else alpha, "rank_per": rank_per, "path": path}
+    buffers = select_buffers(model, train)
+    record = Record(name, method, resolved, options, list(trained), buffers, fingerprint(model))
     return install(model, record, *build(model, record))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from convlora import files
-from convlora.adapter import Adapter, Record, check_state
+from convlora.adapter import Adapter, check_state
 from convlora.errors import ConvloraError, FileError
 from convlora.fingerprint import difference, fingerprint
 from convlora.inject import build, check_name, install
@@ -28,7 +28,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, c
     """
     path = Path(path)
     tensors, metadata = files.read(path)
-    record = Record(name=name, **files.record_fields(path, metadata))
+    record = files.record_of(path, metadata, name)
     check_name(model, name)
     differs = difference(record.base_fingerprint, actual := fingerprint(model))
     if differs and check_base:

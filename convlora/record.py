@@ -1,0 +1,39 @@
+"""What an adapter is, apart from its tensors: enough to build it again on the same base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from convlora.errors import ConvloraError
+from convlora.layers import Slot, find_slot
+
+
+@dataclass
+class Record:
+    """One adapter's name, method and options, and which layers, parameters and buffers of its model it concerns."""
+
+    name: str
+    method: str
+    ranks: dict[str, tuple[int, int]]  # {module name: (nominal rank, inner size)}
+    options: dict[str, Any]
+    trained: list[str]  # parameter names
+    buffers: list[str]  # buffer names, saved with the trained tensors
+    base_fingerprint: str
+
+    def slot(self, model: nn.Module, layer: str) -> Slot:
+        slot = find_slot(model.get_submodule(layer))
+        if slot is None:
+            raise ConvloraError(f"module {layer!r} no longer holds a weight that can be adapted")
+        return slot
+
+    def parameter_slot(self, model: nn.Module, parameter: str) -> Slot:
+        owner, _, name = parameter.rpartition(".")
+        return Slot(model.get_submodule(owner), name)
+
+    def slots(self, model: nn.Module) -> dict[str, Slot]:
+        """Every slot this adapter acts on, by its name in files: `<module>` or `train/<parameter>`."""
+        layers = {layer: self.slot(model, layer) for layer in self.ranks}
+        return layers | {f"train/{name}": self.parameter_slot(model, name) for name in self.trained}
