@@ -102,20 +102,22 @@ def _personalize(options: argparse.Namespace) -> None:
     from convlora.integrations.eg3d.album import load_album
     from convlora.integrations.eg3d.checkpoint import load_generator
     from convlora.integrations.eg3d.demo import LAB_SETTINGS, lab_networks
+    from convlora.integrations.eg3d.lab.networks import perceptual_distance
     from convlora.integrations.eg3d.pipeline import Networks, Settings, personalize_album
     from convlora.integrations.eg3d.run_folder import RunFolder
 
     lab = options.generator == "lab"
     G = load_generator(options.generator, options.device)
     album = load_album(options.album, G.img_resolution, options.held_out)
-    networks = lab_networks(options.device)
-    if not lab:
+    if lab:
+        networks = lab_networks(options.device)
+    else:
         print(
             "convlora: the perceptual loss is the lab's stand-in, trained on procedural heads, and identity is not "
             "measured: encoders for photographs come with a later release; from Python, pass your own Networks",
             file=sys.stderr,
         )
-        networks = Networks(perceptual=networks.perceptual)
+        networks = Networks(perceptual=perceptual_distance)
     settings = _settings(LAB_SETTINGS if lab else Settings(), options, compare_full=options.compare_full)
     record = {"album": str(options.album.resolve()), "generator": options.generator, **vars(settings)}
     with RunFolder(options.out, {**record, "photos": album.train.names, "held_out": album.test.names}) as out:

@@ -15,7 +15,7 @@ from convlora.integrations.eg3d.album import Photos
 TINY = {
     **eg3d.CONFIGS["lab"],
     "z_dim": 8, "w_dim": 8, "plane_resolution": 16, "plane_channels": 4, "decoder_hidden": 8, "feature_channels": 4,
-    "channel_base": 64, "channel_max": 8, "neural_rendering_resolution": 8, "sr_kwargs": {"widths": (4, 4)},
+    "channel_base": 64, "channel_max": 8, "neural_rendering_resolution": 16, "sr_kwargs": {"widths": (4, 4)},
 }  # fmt: skip
 TINY["rendering_kwargs"] = {**TINY["rendering_kwargs"], "depth_resolution": 6, "depth_resolution_importance": 6}
 SIDE = TINY["img_resolution"]

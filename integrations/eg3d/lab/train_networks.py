@@ -1,6 +1,6 @@
 """Trains the lab's perceptual net and identity encoder on drawings of procedural people.
 
-    python -m convlora.integrations.eg3d.lab.train_networks photos --people 3000 --each 5
+    python -m convlora.integrations.eg3d.lab.train_networks photos --people 7000 --each 3
     python -m convlora.integrations.eg3d.lab.train_networks perceptual --minutes 12
     python -m convlora.integrations.eg3d.lab.train_networks identity --minutes 12
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .networks import IdentityEncoder, PerceptualNet, save
 
 VALIDATION_SEED = 800_000
 SIZE = 128
+SIDED = ("gaze_x", "hair_parting", "light_x")  # parameters that change sign in a mirror
 WEIGHTS = Path(__file__).parent / "data"
 
 
@@ -39,6 +40,7 @@ class Photos:
 
     pictures: np.ndarray
     params: Tensor
+    traits: Tensor
     labels: Tensor
     angles: Tensor
     person: Tensor
@@ -52,6 +54,13 @@ class Photos:
         """Images (n, 3, 128, 128) in [-1, 1]."""
         pictures = torch.from_numpy(self.pictures[index.numpy()])
         return pictures.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
+
+    def mirrored(self) -> Photos:
+        """What the same pictures show after a swap of left and right; `batch` still gives them unswapped."""
+        names = (*world.IDENTITY_NAMES, *world.NUISANCE_NAMES)
+        sign = torch.tensor([-1.0 if name in SIDED else 1.0 for name in names])
+        turned = self.angles * torch.tensor([-1.0, 1.0])
+        return replace(self, params=self.params * sign, angles=turned, labels=labels(orbit(*turned.unbind(1))))
 
 
 def plan(first_seed: int, people: int, each: int, plain: float = 0.4) -> dict[str, Tensor]:
@@ -99,15 +108,15 @@ def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int
 def open_photos(folder: Path) -> Photos:
     facts = {name: torch.from_numpy(value) for name, value in np.load(folder / "facts.npz").items()}
     pictures = np.load(folder / "pictures.npy", mmap_mode="r")
-    return Photos(pictures, facts["params"], labels(orbit(*facts["angles"].unbind(1))), facts["angles"],
+    return Photos(pictures, facts["params"], facts["traits"], labels(orbit(*facts["angles"].unbind(1))), facts["angles"],
                   facts["person"], folder)
 
 
-def vary(images: Tensor) -> Tensor:
-    """What happens to photos: colour gain and offset, softness, grain; (N, 3, R, R) in [-1, 1]."""
+def vary(images: Tensor, colour: float = 1.0) -> Tensor:
+    """What happens to photos: colour gain and offset (scaled by `colour`), softness, grain; (N, 3, R, R) in [-1, 1]."""
     count = len(images)
-    gain = 1 + 0.12 * torch.randn(count, 1, 1, 1) + 0.05 * torch.randn(count, 3, 1, 1)
-    offset = 0.06 * torch.randn(count, 1, 1, 1) + 0.03 * torch.randn(count, 3, 1, 1)
+    gain = 1 + colour * (0.12 * torch.randn(count, 1, 1, 1) + 0.05 * torch.randn(count, 3, 1, 1))
+    offset = colour * (0.06 * torch.randn(count, 1, 1, 1) + 0.03 * torch.randn(count, 3, 1, 1))
     small = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
     softness = (torch.rand(count, 1, 1, 1) * 1.4 - 0.4).clamp_(0, 1)
     images = torch.lerp(images, small, softness)
@@ -128,16 +137,20 @@ def train_perceptual(photos: Photos, held: Photos, minutes: float, seed: int, ou
     """Regression of parameters and camera angles from 64² and 128² photos."""
     net = PerceptualNet(photos.params.shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(net.parameters(), 1.5e-3, weight_decay=1e-3)
-    rng, step = torch.Generator().manual_seed(seed), 0
+    rng, step, sides = torch.Generator().manual_seed(seed), 0, (photos, photos.mirrored())
     for fraction, index, bar in steps_of(photos, 64, minutes, "perceptual", rng):
+        shown = sides[step % 2]
+        large = step % 8 < 2
+        index = index[::2] if large else index
         images = photos.batch(index)
-        images = vary(F.avg_pool2d(images, 2) if step % 4 else images)
+        images = images.flip(3) if shown is not photos else images
+        images = vary(images if large else F.avg_pool2d(images, 2))
         for group in optimiser.param_groups:
             group["lr"] = 1.5e-3 * curve(fraction)
         with torch.autocast("cpu", torch.bfloat16):
-            params, pose = net(images.contiguous(memory_format=torch.channels_last), photos.labels[index])
-        loss = F.mse_loss(params.float(), photos.params[index])
-        loss = loss + 4 * F.mse_loss(pose.float(), photos.angles[index])
+            params, pose = net(images.contiguous(memory_format=torch.channels_last), shown.labels[index])
+        loss = F.mse_loss(params.float(), shown.params[index])
+        loss = loss + 4 * F.mse_loss(pose.float(), shown.angles[index])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -167,35 +180,54 @@ def measure_perceptual(net: PerceptualNet, held: Photos) -> dict[str, Any]:
     }
 
 
+def pairs(photos: Photos, count: int, rng: torch.Generator) -> Tensor:
+    """Indices (2 count,) of two different photos of each of `count` people: all first ones, then all second ones."""
+    people = int(photos.person.max()) + 1
+    each = photos.ready() // people
+    person = torch.randperm(people, generator=rng)[:count]
+    first = torch.randint(each, (count,), generator=rng)
+    second = (first + 1 + torch.randint(each - 1, (count,), generator=rng)) % each
+    return torch.cat([person + people * first, person + people * second])
+
+
+def contrast(units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cross entropy of finding a photo's partner among all others in the batch, and how often it is found."""
+    count = len(units) // 2
+    logits = (units @ units.T / temperature).fill_diagonal_(-torch.inf)
+    partner = torch.arange(2 * count).roll(count)
+    return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
+
+
 def train_identity(photos: Photos, held: Photos, minutes: float, seed: int, out: Path) -> dict[str, Any]:
-    """CosFace over the training people, plus regression of the identity parameters."""
-    people, dim = int(photos.person.max()) + 1, len(world.IDENTITY_NAMES)
-    net = IdentityEncoder(dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    centres = nn.Parameter(torch.randn(people, net.config["embedding"]) * 0.1)
-    optimiser = torch.optim.AdamW([*net.parameters(), centres], 2e-3, weight_decay=5e-4)
+    """Contrast between people, plus regression of what makes a person: identity parameters and lasting traits."""
+    lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
+    facts = torch.cat([photos.params[:, : world.IDENTITY_DIM], photos.traits[:, lasting]], 1)
+    net = IdentityEncoder(facts.shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=2e-3)
     rng, step = torch.Generator().manual_seed(seed), 0
-    for fraction, index, bar in steps_of(photos, 96, minutes, "identity", rng):
-        images = vary(F.avg_pool2d(photos.batch(index), 2))
+    for fraction, _, bar in steps_of(photos, 1, minutes, "identity", rng):
+        index = pairs(photos, 64, rng)
+        images = vary(F.avg_pool2d(photos.batch(index), 2), 0.5)
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * curve(fraction)
         with torch.autocast("cpu", torch.bfloat16):
             units, factors = net.describe(images.contiguous(memory_format=torch.channels_last))
-        person = photos.person[index]
-        cosines = units.float() @ F.normalize(centres, dim=1).T
-        margin = 0.25 * min(1.0, fraction / 0.3)
-        logits = 20 * (cosines - margin * F.one_hot(person, people))
-        regression = F.mse_loss(factors.float(), photos.params[index, :dim])
-        loss = F.cross_entropy(logits, person) + 2 * regression
+        regression = F.mse_loss(factors.float(), facts[index])
+        contrasted, hits = contrast(units.float(), 0.1)
+        loss = contrasted + 3 * regression
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimiser.step()
         step += 1
         if step % 100 == 0:
-            hits = (cosines.argmax(1) == person).float().mean().item()
-            bar.set_postfix(step=step, loss=f"{loss.item():.2f}", hits=f"{hits:.2f}", mse=f"{regression.item():.3f}")
+            bar.set_postfix(step=step, loss=f"{loss.item():.2f}", hits=f"{hits.item():.2f}",
+                            mse=f"{regression.item():.3f}")
+        if step % 500 == 0:
+            tqdm.write(json.dumps({"step": step, **measure_identity(net, held)}))
+            net.train()
     save(net.eval(), out / "identity.safetensors")
-    return {"steps": step, "people": people, **measure_identity(net, held)}
+    return {"steps": step, "people": int(photos.person.max()) + 1, **measure_identity(net, held)}
 
 
 @torch.no_grad()
@@ -228,8 +260,8 @@ def main() -> None:
     parser.add_argument("what", choices=["photos", "perceptual", "identity"])
     parser.add_argument("--folder", type=Path, default=Path(".lab/photos"))
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--people", type=int, default=3000)
-    parser.add_argument("--each", type=int, default=5)
+    parser.add_argument("--people", type=int, default=7000)
+    parser.add_argument("--each", type=int, default=3)
     parser.add_argument("--supersample", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--seed", type=int, default=0)

@@ -44,13 +44,13 @@ class Plan:
 
     minutes: float
     rays_share: float = 0.6
-    heads: int = 8
-    rays: int = 384
+    heads: int = 6
+    rays: int = 320
     patch_heads: int = 4
     patch_rays: int = 192
-    rate: float = 6e-3
-    mapping_rate: float = 5.0
-    density_rate: float = 8.0
+    rate: float = 1.5e-2
+    mapping_rate: float = 20.0
+    density_rate: float = 3.0
     seed: int = 0
 
 
