@@ -46,7 +46,7 @@ fresh = eg3d.load_generator("lab")
 convlora.load_adapter(fresh, path)
 
 # 6. What it knows: the person from cameras no photo was taken from, beside the pretrained generator.
-orbit = eg3d.cameras.random_views(16, mode="orbit")
+orbit = eg3d.cameras.random_views(3 if quick else 16, mode="orbit")
 personal = eg3d.tasks.novel_views(fresh, anchors.w[:1], orbit)[0]
 with adapter.disabled():
     pretrained = eg3d.tasks.novel_views(G, anchors.w[:1], orbit)[0]
@@ -54,7 +54,7 @@ images.save_animation(out / "orbit.webp", torch.cat([pretrained, personal], dim=
 
 # 7. Between two photos of the person, every latent should still be the person.
 frontal = eg3d.cameras.frontal(1)
-between = eg3d.tasks.interpolate(fresh, anchors.w[0], anchors.w[1], frontal, weights=7)[:, 0]
+between = eg3d.tasks.interpolate(fresh, anchors.w[0], anchors.w[1], frontal, weights=3 if quick else 7)[:, 0]
 images.save_sheet(
     out / "sheet.png",
     [

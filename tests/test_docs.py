@@ -43,11 +43,10 @@ def test_the_eg3d_example_runs(tmp_path):
     assert {"sheet.png", "orbit.webp", "anchors.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("name", [n for n in convlora.__all__])
+@pytest.mark.parametrize("name", convlora.__all__)
 def test_every_public_name_is_documented(name):
     assert re.search(rf"\b{name}\b", PAGES), f"{name} stands in no page of docs/ and not in the README"
-    documented = getattr(convlora, name).__doc__ if name != "METHODS" else "a table"
-    assert documented and len(documented) > 8
+    assert getattr(convlora, name).__doc__, name
 
 
 @pytest.mark.parametrize("method", [m for m in vars(convlora.Adapter) if not m.startswith("_")])

@@ -216,13 +216,19 @@ class Trainer:
 
 
 def prepare(model: TriPlaneGenerator) -> None:
-    """What differs from a usual random start: no noise, a mapping blind to the unused latents, steeper density."""
+    """What differs from a usual random start.
+
+    No noise, a mapping blind to the unused latents, a steeper density, and a super-resolution that begins as plain
+    up-sampling of the rendered image.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("noise_strength"):
             parameter.requires_grad_(False)
     with torch.no_grad():
         model.backbone.mapping.fc0.weight[:, world.PARAM_DIM : model.z_dim] = 0
         model.decoder.net[2].weight[0] *= 4
+        for block in (model.superresolution.block0, model.superresolution.block1):
+            block.torgb.weight.zero_()
 
 
 def freeze_unused(model: TriPlaneGenerator) -> None:
