@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convlora import files as adapter_files
 from convlora.errors import ConvloraError, FileError
 
 PARTS = ("perceptual", "identity")
@@ -33,10 +35,12 @@ class PerceptualNet(nn.Module):
         super().__init__()
         self.config = {"param_dim": param_dim, "widths": list(widths), "head": head}
         inputs = (3, *widths[:-1])
-        self.stages = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, widths, strict=True))
-        for conv in self.stages:
+        stages = [nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, widths, strict=True)]
+        for conv in stages:
             nn.init.kaiming_normal_(conv.weight, a=0.1)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        self.stages = nn.ModuleList(stages)
         self.squeeze = nn.Conv2d(widths[-1], 48, 1)
         self.hidden = nn.Linear(48 * 16, head)
         self.camera = nn.Linear(head, 2)
@@ -144,18 +148,24 @@ def perceptual_distance(a: Tensor, b: Tensor, net: PerceptualNet | None = None) 
     """The lab's perceptual distance (N,) of images (N, 3, R, R) in [-1, 1], with the shipped net by default."""
     if a.shape != b.shape:
         raise ConvloraError(f"images to compare must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
-    return (net or load("perceptual", a.device)).distance(a, b)
+    return (net or _perceptual(a.device)).distance(a, b)
 
 
 def encode(images: Tensor, labels: Tensor, net: PerceptualNet | None = None) -> Tensor:
     """Estimate the world's parameters (N, param_dim) from photos and their labels (N, 25): a start for inversion."""
     if images.shape[-1] > 128:
         images = F.adaptive_avg_pool2d(images, 128)
-    return (net or load("perceptual", images.device))(images, labels)[0]
+    return (net or _perceptual(images.device))(images, labels)[0]
 
 
-_BUILD = {"perceptual": PerceptualNet, "identity": IdentityEncoder}
+_BUILD: dict[str, type[nn.Module]] = {"perceptual": PerceptualNet, "identity": IdentityEncoder}
 _LOADED: dict[tuple[str, str], nn.Module] = {}
+
+
+def _perceptual(device: torch.device) -> PerceptualNet:
+    net = load("perceptual", device)
+    assert isinstance(net, PerceptualNet)
+    return net
 
 
 def load(part: str, device: torch.device | str = "cpu", path: str | Path | None = None) -> nn.Module:
@@ -174,27 +184,19 @@ def load(part: str, device: torch.device | str = "cpu", path: str | Path | None 
 
 def read(part: str, path: Path) -> nn.Module:
     """Build the network named in the file's metadata and fill it; weights stored as float16 become float32."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"cannot read the lab's {part} net from {path}: {error}; train it with "
-                        "`python -m convlora.integrations.eg3d.lab.train_networks`") from error
+    if not path.is_file():
+        raise FileError(f"no {part} net at {path}; train it with `python -m {__package__}.train_networks {part}`")
+    state, metadata = adapter_files.read(path)
+    config = json.loads(metadata.get("config", "{}"))
     if "widths" not in config:
         raise FileError(f"{path} carries no network configuration; it was not written by the lab's training")
-    net = _BUILD[part](**{**config, "widths": tuple(config["widths"])})
+    build: Any = _BUILD[part]
+    net: nn.Module = build(**{**config, "widths": tuple(config["widths"])})
     net.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
     return net
 
 
 def save(net: nn.Module, path: Path) -> None:
     """Write a network as float16 safetensors with its configuration; the file appears whole or not at all."""
-    from safetensors.torch import save_file
-
-    state = {n: (t.half() if t.is_floating_point() else t).contiguous() for n, t in net.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(state, str(temporary), metadata={"config": json.dumps(net.config)})
-    temporary.replace(path)
+    state = {name: adapter_files.cast(tensor, torch.float16) for name, tensor in net.state_dict().items()}
+    adapter_files.write(path, state, {"config": json.dumps(net.config)})
