@@ -13,7 +13,9 @@ import convlora
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations import eg3d
 from convlora.integrations.eg3d import cameras
+from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors, find_anchors
+from convlora.integrations.eg3d.losses import photo_loss, reconstruct
 from convlora.integrations.eg3d.metrics import id_sim, psnr
 from convlora.integrations.eg3d.personalize import TARGETS, inject_personal, personalize, tune, unfreeze
 from convlora.integrations.eg3d.tasks import interpolate, novel_views
@@ -231,30 +233,22 @@ def test_psnr_of_a_known_error():
 
 @pytest.mark.slow
 def test_three_steps_of_the_full_size_generator_lower_its_loss():
-    """Random weights, one photo, CPU: several minutes on two cores."""
+    """Random weights, one photo, CPU: a minute or two on two cores, 5 GB."""
     torch.manual_seed(0)
     G = eg3d.TriPlaneGenerator(**eg3d.CONFIGS["ffhq512-128"]).eval().requires_grad_(False)
-    label = cameras.frontal(1)
-    target = torch.zeros(1, 3, 512, 512)
-    w = torch.randn(1, G.w_dim)
-    anchors = Anchors(w, ["one.png"], torch.zeros(1))
-    from convlora.integrations.eg3d.album import Photos
+    photos = Photos(torch.zeros(1, 3, 512, 512), cameras.frontal(1), ["one.png"])
+    anchors = Anchors(torch.randn(1, G.w_dim), photos.names, torch.zeros(1))
 
-    photos = Photos(target, label, ["one.png"])
-    adapter = inject_personal(G)
-    losses = []
-
-    def watch(a, b):
+    def absolute(a, b):
         return (a - b).abs().mean((1, 2, 3))
 
-    from convlora.integrations.eg3d.losses import photo_loss, reconstruct
-
-    for _ in range(2):
+    def loss():
         with torch.no_grad():
             torch.manual_seed(7)
-            losses.append(float(photo_loss(reconstruct(G, w, label), target, watch)))
-        if len(losses) == 1:
-            groups = [{"params": list(adapter.parameters()), "lr": 0.01}]
-            tune(G, photos, anchors, groups, steps=3, batch_size=1, perceptual=watch, progress=False)
-    print(f"full-size EG3D, loss before and after three steps: {losses[0]:.4f} -> {losses[1]:.4f}")
-    assert losses[1] < losses[0]
+            return float(photo_loss(reconstruct(G, anchors.w, photos.labels), photos.images, absolute))
+
+    before = loss()
+    personalize(G, photos, anchors, steps=3, lr=0.001, batch_size=1, perceptual=absolute, progress=False)
+    after = loss()
+    print(f"full-size EG3D, loss before and after three steps: {before:.4f} -> {after:.4f}")
+    assert after < before

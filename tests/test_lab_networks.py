@@ -80,7 +80,7 @@ def test_encode_finds_parameters_of_unseen_people(people: dict[str, torch.Tensor
         found = networks.encode(people["images"], people["labels"])
     assert found.shape == people["params"].shape
     explained = 1 - (found - people["params"]).square().mean() / people["params"].var()
-    assert explained > 0.3  # several parameters cannot be seen from every side
+    assert explained > 0.2  # several parameters cannot be seen from every side
 
 
 @pytest.mark.parametrize("part, limit", [("perceptual", 1_500_000), ("identity", 4_000_000)])

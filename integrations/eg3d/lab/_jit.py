@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from convlora.errors import ConvloraError
 
 try:
@@ -20,4 +22,5 @@ prange = numba.prange
 
 def use_threads(count: int) -> None:
     """Let the parallel kernels use `count` threads, at most as many as numba was started with."""
-    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+    config: Any = numba.config
+    numba.set_num_threads(max(1, min(count, config.NUMBA_NUM_THREADS)))

@@ -88,7 +88,7 @@ def _paint_skin(h, x, y, z, ny):
         edge = max(above, below)
         inside = 1.0 - ramp(-0.0009, 0.0009, edge)
         around = exp(-(u * u + v * v / 0.0006) * 1.1)  # thinner, darker skin around the eye
-        s = 0.20 * around + 0.14 * h.age * exp(-((v + 0.024) / 0.007) ** 2) * ramp(1.1, 0.4, abs(u))
+        s = 0.20 * around + 0.14 * h.age * exp(-(((v + 0.024) / 0.007) ** 2)) * ramp(1.1, 0.4, abs(u))
         r, g, b = r * (1 - 0.7 * s), g * (1 - s), b * (1 - 0.9 * s)
         fold = (above - 0.0125) / 0.0022
         s = 0.40 * h.crease * exp(-fold * fold) * ramp(1.05, 0.6, abs(u)) * ramp(-0.004, 0.004, v)
@@ -242,7 +242,7 @@ def shade(h, x, y, z):
     rim = 0.20 * max(-0.55 * nz + 0.35 * ny - 0.6 * nx * (1.0 if h.sun_x > 0 else -1.0), 0.0) * open_sky
     hx, hy, hz = h.sun_x, h.sun_y, h.sun_z + 1.0
     half = max(nx * hx + ny * hy + nz * hz, 0.0) / sqrt(hx * hx + hy * hy + hz * hz)
-    shine = gloss * half ** 22 * lit
+    shine = gloss * half**22 * lit
     if part == HAIR:  # a soft band of light across the crown
         band = ny - 0.55
         shine = (0.030 + 0.35 * r) * exp(-band * band * 16.0) * max(nz + 0.35, 0.0) * lit * 0.55

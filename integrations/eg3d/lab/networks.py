@@ -2,14 +2,16 @@
 
 The perceptual net regresses the parameters of a head from a photo; its features give a distance in the
 manner of LPIPS (Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
-2018), without LPIPS' learned weights. The identity encoder is a small residual network trained with an
-additive margin (Wang et al., "CosFace", 2018) on people whose expression, light, hair and pose vary.
+2018), without LPIPS' learned weights. The identity encoder is a small residual network trained to tell pairs of
+photos of one person from all others in a batch (Khosla et al., "Supervised Contrastive Learning", 2020), on people
+whose expression, light, hair and pose vary.
 Both were trained on drawings of the lab only and know nothing about photographs of real people.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,18 @@ class PerceptualNet(nn.Module):
     the pose, the head can tell a turned face from an asymmetric one.
     """
 
-    def __init__(self, param_dim: int, widths: tuple[int, ...] = (24, 48, 96, 128, 128), head: int = 256):
+    def __init__(
+        self,
+        param_dim: int,
+        widths: Sequence[int] = (24, 48, 96, 128, 128),
+        depths: Sequence[int] = (1, 2, 2, 1, 1),
+        head: int = 256,
+    ):
         super().__init__()
-        self.config = {"param_dim": param_dim, "widths": list(widths), "head": head}
-        inputs = (3, *widths[:-1])
-        stages = [nn.Conv2d(i, o, 3, padding=1) for i, o in zip(inputs, widths, strict=True)]
-        for conv in stages:
-            nn.init.kaiming_normal_(conv.weight, a=0.1)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-        self.stages = nn.ModuleList(stages)
+        self.config = {"param_dim": param_dim, "widths": list(widths), "depths": list(depths), "head": head}
+        self.stages = nn.ModuleList(
+            _stage(i, o, depth) for i, o, depth in zip((3, *widths[:-1]), widths, depths, strict=True)
+        )
         self.squeeze = nn.Conv2d(widths[-1], 48, 1)
         self.hidden = nn.Linear(48 * 16, head)
         self.camera = nn.Linear(head, 2)
@@ -50,10 +54,8 @@ class PerceptualNet(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """The activations of every stage, finest first: (N, width, R / 2**stage, R / 2**stage)."""
         x, out = images, []
-        for index, conv in enumerate(self.stages):
-            if index:
-                x = F.avg_pool2d(x, 2)
-            x = F.leaky_relu(conv(x), 0.1)
+        for index, stage in enumerate(self.stages):
+            x = stage(F.avg_pool2d(x, 2) if index else x)
             out.append(x)
         return out
 
@@ -69,6 +71,18 @@ class PerceptualNet(nn.Module):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Perceptual distance (N,) between two batches of images of one size, 0 for equal ones."""
         return features_distance(self.features(a), self.features(b))
+
+
+def _stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+    """`depth` 3×3 convolutions, each followed by a leaky ReLU."""
+    layers: list[nn.Module] = []
+    for index in range(depth):
+        conv = nn.Conv2d(outputs if index else inputs, outputs, 3, padding=1)
+        nn.init.kaiming_normal_(conv.weight, a=0.1)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        layers += [conv, nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)
 
 
 class Residual(nn.Module):
@@ -93,15 +107,15 @@ class Residual(nn.Module):
 class IdentityEncoder(nn.Module):
     """Unit embeddings (N, 128) of photos (N, 3, R, R) in [-1, 1]; two photos are compared by their dot product.
 
-    Any R from 64 up is averaged down to 64. `describe` also returns an estimate of the identity parameters,
-    which steers the training and is not used for verification.
+    Any R from 64 up is averaged down to 64. `describe` also returns an estimate of the `factors` numbers that make
+    a person in the lab's world, which steers the training and is not used for verification.
     """
 
     size = 64
 
-    def __init__(self, identity_dim: int, widths: tuple[int, ...] = (32, 48, 96, 160), embedding: int = 128):
+    def __init__(self, factors: int, widths: Sequence[int] = (32, 48, 96, 160), embedding: int = 128):
         super().__init__()
-        self.config = {"identity_dim": identity_dim, "widths": list(widths), "embedding": embedding}
+        self.config = {"factors": factors, "widths": list(widths), "embedding": embedding}
         self.stem = nn.Conv2d(3, widths[0], 3, 2, 1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
         blocks = [Residual(widths[0], widths[0])]
@@ -110,20 +124,20 @@ class IdentityEncoder(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.squeeze = nn.Conv2d(widths[-1], 64, 1)
         self.embed = nn.Linear(64 * 16, embedding)
-        self.factors = nn.Linear(embedding, identity_dim)
+        self.factors = nn.Linear(embedding, factors)
 
     def raw(self, images: Tensor) -> Tensor:
         """Embeddings before they are scaled to unit length."""
         if images.shape[-1] != self.size or images.shape[-2] != self.size:
             images = F.adaptive_avg_pool2d(images, self.size)
         x = self.blocks(F.relu(self.norm(self.stem(images))))
-        return self.embed(F.relu(self.squeeze(x)).flatten(1))
+        return self.embed(F.dropout(F.relu(self.squeeze(x)).flatten(1), 0.2, self.training))
 
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(self.raw(images).float(), dim=1)
 
     def describe(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit embeddings (N, 128) and estimated identity parameters (N, identity_dim)."""
+        """Unit embeddings (N, 128) and estimated factors of the person (N, factors)."""
         raw = self.raw(images).float()
         return F.normalize(raw, dim=1), self.factors(raw)
 
@@ -191,7 +205,7 @@ def read(part: str, path: Path) -> nn.Module:
     if "widths" not in config:
         raise FileError(f"{path} carries no network configuration; it was not written by the lab's training")
     build: Any = _BUILD[part]
-    net: nn.Module = build(**{**config, "widths": tuple(config["widths"])})
+    net: nn.Module = build(**config)
     net.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
     return net
 

@@ -99,12 +99,14 @@ def _plan(person: Person, split: str, count: int) -> tuple[Tensor, Tensor, Tenso
     if count < 1:
         raise ConvloraError(f"count must be at least 1, got {count}")
     # A generator per photo, so that photo 7 is the same in an album of 10 and of 50.
-    draws = np.stack([
-        np.random.default_rng(np.random.SeedSequence([person.seed, SPLITS[split], index])).standard_normal(
-            world.NUISANCE_DIM + 2
-        )
-        for index in range(count)
-    ])
+    draws = np.stack(
+        [
+            np.random.default_rng(np.random.SeedSequence([person.seed, SPLITS[split], index])).standard_normal(
+                world.NUISANCE_DIM + 2
+            )
+            for index in range(count)
+        ]
+    )
     nuisance = torch.from_numpy(draws[:, 2:].astype(np.float32))
     own = world.sample_nuisance(person.seed)[0]
     for name, spread in HABITS.items():
@@ -126,9 +128,7 @@ def photos(person: Person, split: str = "train", count: int = 50, resolution: in
     return Photos(drawn.image, labels, params, traits, drawn.mask)
 
 
-def write_album(
-    person: Person, folder: str | Path, train: int = 50, test: int = 12, resolution: int = 128
-) -> Path:
+def write_album(person: Person, folder: str | Path, train: int = 50, test: int = 12, resolution: int = 128) -> Path:
     """Write a person's photos as PNGs, their cameras as EG3D's dataset.json, and manifest.json; returns the folder.
 
     dataset.json lists every photo; manifest.json names the files of each split, so that held-out photos are not

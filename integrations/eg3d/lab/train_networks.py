@@ -89,7 +89,8 @@ def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int
     folder.mkdir(parents=True, exist_ok=True)
     facts = plan(first_seed, people, each)
     total = len(facts["person"])
-    np.savez(folder / "facts.npz", **{name: value.numpy() for name, value in facts.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in facts.items()}
+    np.savez(folder / "facts.npz", **arrays)
     file, count = folder / "pictures.npy", folder / "drawn"
     fresh = not file.exists() or not count.exists()
     pictures = np.lib.format.open_memmap(file, "w+" if fresh else "r+", np.uint8, (total, SIZE, SIZE, 3))
@@ -108,8 +109,15 @@ def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int
 def open_photos(folder: Path) -> Photos:
     facts = {name: torch.from_numpy(value) for name, value in np.load(folder / "facts.npz").items()}
     pictures = np.load(folder / "pictures.npy", mmap_mode="r")
-    return Photos(pictures, facts["params"], facts["traits"], labels(orbit(*facts["angles"].unbind(1))), facts["angles"],
-                  facts["person"], folder)
+    return Photos(
+        pictures,
+        facts["params"],
+        facts["traits"],
+        labels(orbit(*facts["angles"].unbind(1))),
+        facts["angles"],
+        facts["person"],
+        folder,
+    )
 
 
 def vary(images: Tensor, colour: float = 1.0) -> Tensor:
@@ -221,8 +229,9 @@ def train_identity(photos: Photos, held: Photos, minutes: float, seed: int, out:
         optimiser.step()
         step += 1
         if step % 100 == 0:
-            bar.set_postfix(step=step, loss=f"{loss.item():.2f}", hits=f"{hits.item():.2f}",
-                            mse=f"{regression.item():.3f}")
+            bar.set_postfix(
+                step=step, loss=f"{loss.item():.2f}", hits=f"{hits.item():.2f}", mse=f"{regression.item():.3f}"
+            )
         if step % 500 == 0:
             tqdm.write(json.dumps({"step": step, **measure_identity(net, held)}))
             net.train()
@@ -277,10 +286,18 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     photos, held = open_photos(options.folder / "train"), open_photos(options.folder / "held")
     facts = train(photos, held, options.minutes, options.seed, options.out)
-    command = (f"python -m convlora.integrations.eg3d.lab.train_networks {options.what} "
-               f"--minutes {options.minutes:g} --seed {options.seed} --threads {options.threads}")
-    write_provenance(options.out / f"{options.what}.json", command=command, seed=options.seed,
-                     hours=round(options.minutes / 60, 3), photos=photos.ready(), **facts)
+    command = (
+        f"python -m convlora.integrations.eg3d.lab.train_networks {options.what} "
+        f"--minutes {options.minutes:g} --seed {options.seed} --threads {options.threads}"
+    )
+    write_provenance(
+        options.out / f"{options.what}.json",
+        command=command,
+        seed=options.seed,
+        hours=round(options.minutes / 60, 3),
+        photos=photos.ready(),
+        **facts,
+    )
     print(json.dumps(facts, indent=1))
 
 

@@ -4,7 +4,7 @@
     python -m convlora.integrations.eg3d.lab.train_prior --minutes 120 --out .lab/prior --resume
 
 No adversary is needed to start with: the head that belongs to a latent z is z itself (see `lab.z_from_params`),
-so the generator is fitted to the truth by regression. The first part of the time goes to single rays, two thirds
+so the generator is fitted to the truth by regression. The first part of the time goes to single rays, half
 of them aimed at eyes, brows, nose and mouth, with samples around the known surface; a loss on where the ray stops
 makes clean surfaces early. The second part adds patches through the generator's own sampling path and its
 super-resolution, against supersampled drawings, with the lab's perceptual distance.
@@ -30,8 +30,9 @@ from tqdm import tqdm
 from .. import checkpoint, renderer
 from ..configs import CONFIGS
 from ..generator import TriPlaneGenerator
-from . import world
+from . import networks, world
 from ._training import angles, curve, labels, orbit, pixel_rays, write_checkpoint, write_provenance, write_sheet
+from .networks import PerceptualNet
 
 UNSEEN_SEED = 800_500
 PATCH = 32
@@ -77,8 +78,8 @@ def random_heads(count: int, z_dim: int, generator: torch.Generator) -> Heads:
 
 
 def aimed_rays(heads: Heads, count: int, generator: torch.Generator) -> Tensor:
-    """Unit directions (N, count, 3): a third spread over the picture, two thirds through the features of the face."""
-    spread = count // 3
+    """Unit directions (N, count, 3): half spread over the picture, half through the features of the face."""
+    spread = count // 2
     uv = torch.rand(len(heads.z), spread, 2, generator=generator)
     even = pixel_rays(heads.cameras, uv)
     points = world.anchors3d(heads.params, None)
@@ -106,13 +107,14 @@ class Trainer:
         self.plan, self.device = plan, device
         torch.manual_seed(plan.seed)
         self.rng = torch.Generator().manual_seed(plan.seed)
-        self.model = TriPlaneGenerator(**CONFIGS["lab"]).to(device, memory_format=torch.channels_last).train()
+        self.model = TriPlaneGenerator(**CONFIGS["lab"]).to(device).train()
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.options: dict[str, Any] = self.model.rendering_kwargs
         prepare(self.model)
         self.average = deepcopy(self.model).eval().requires_grad_(False)
         self.optimiser = make_optimiser(self.model, plan)
         self.step, self.spent = 0, 0.0
-        self.perceptual: nn.Module | None = None
+        self.perceptual: PerceptualNet | None = None
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -126,7 +128,8 @@ class Trainer:
         count, rays, samples = depths.shape
         points = origins[:, None, None] + directions[:, :, None] * depths[..., None]
         colours, sigma = renderer.query(
-            renderer.fold_planes(planes), self.model.decoder, points.flatten(1, 2), None, self.options)
+            renderer.fold_planes(planes), self.model.decoder, points.flatten(1, 2), None, self.options
+        )
         return colours[..., :3].view(count, rays, samples, 3), sigma.view(count, rays, samples)
 
     def ray_loss(self, heads: Heads, planes: Tensor, count: int, geometry: float) -> dict[str, Tensor]:
@@ -140,8 +143,13 @@ class Trainer:
         stray = (weights * (middle - truth.depth[..., None]).abs()).sum(-1).mean()
         leak = (1 - weights.sum(-1)).mean()
         error = colour - (truth.rgb * 2 - 1)
-        return {"mse": error.square().mean(), "l1": error.abs().mean(), "stray": stray, "leak": leak,
-                "total": error.square().mean() + 0.25 * error.abs().mean() + geometry * (stray + 0.25 * leak)}
+        return {
+            "mse": error.square().mean(),
+            "l1": error.abs().mean(),
+            "stray": stray,
+            "leak": leak,
+            "total": error.square().mean() + 0.25 * error.abs().mean() + geometry * (stray + 0.25 * leak),
+        }
 
     def patch_loss(self, heads: Heads, planes: Tensor, ws: Tensor) -> dict[str, Tensor]:
         """Patches of the raw and the final image through the official sampling path, against supersampled truth."""
@@ -185,10 +193,10 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimiser.param_groups:
             group["lr"] = plan.rate * group["scale"] * curve(fraction)
-        before = self.model.decoder.net[2].weight.detach()[0].clone()
+        before = density_row(self.model).detach().clone()
         self.optimiser.step()
         with torch.no_grad():  # densities span a hundredfold of what colours do: their row moves faster
-            row = self.model.decoder.net[2].weight[0]
+            row = density_row(self.model)
             row.add_(row - before, alpha=plan.density_rate - 1)
         self.step += 1
         follow(self.average, self.model, min(0.999, (1 + self.step) / (10 + self.step)))
@@ -197,9 +205,17 @@ class Trainer:
     # -- files --------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        write_checkpoint(path, {
-            "model": self.model.state_dict(), "average": self.average.state_dict(), "rng": self.rng.get_state(),
-            "optimiser": self.optimiser.state_dict(), "step": self.step, "spent": self.spent})
+        write_checkpoint(
+            path,
+            {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "rng": self.rng.get_state(),
+                "optimiser": self.optimiser.state_dict(),
+                "step": self.step,
+                "spent": self.spent,
+            },
+        )
 
     def load(self, path: Path) -> None:
         content = torch.load(path, map_location=self.device, weights_only=True)
@@ -215,6 +231,12 @@ class Trainer:
         write_provenance(folder / "prior.json", steps=self.step, hours=round(self.spent / 3600, 3), **facts)
 
 
+def density_row(model: TriPlaneGenerator) -> Tensor:
+    """The decoder's weights (hidden,) that make the density."""
+    last: Any = model.decoder.net[2]
+    return last.weight[0]
+
+
 def prepare(model: TriPlaneGenerator) -> None:
     """What differs from a usual random start.
 
@@ -225,8 +247,9 @@ def prepare(model: TriPlaneGenerator) -> None:
         if name.endswith("noise_strength"):
             parameter.requires_grad_(False)
     with torch.no_grad():
-        model.backbone.mapping.fc0.weight[:, world.PARAM_DIM : model.z_dim] = 0
-        model.decoder.net[2].weight[0] *= 4
+        first: Any = model.backbone.mapping.fc0
+        first.weight[:, world.PARAM_DIM : model.z_dim] = 0
+        density_row(model).mul_(4)
         for block in (model.superresolution.block0, model.superresolution.block1):
             block.torgb.weight.zero_()
 
@@ -260,7 +283,7 @@ def centre(model: TriPlaneGenerator, count: int = 10_000) -> None:
 
 
 def grid(corner: Tensor, size: int, full: int) -> Tensor:
-    """Image points (N, size², 2) in [0, 1]: centres of the pixels of patches at `corner` (N, 2: x, y) of a full² image."""
+    """Image points (N, size², 2) in [0, 1]: pixel centres of patches at `corner` (N, 2: x, y) of a full² image."""
     line = torch.arange(size) + 0.5
     rows, columns = torch.meshgrid(line, line, indexing="ij")
     offset = torch.stack([columns, rows], -1).view(1, -1, 2)
@@ -315,11 +338,13 @@ def decibel(mse: Tensor) -> float:
     return round((-10 * mse.log10()).mean().item(), 2)
 
 
-def load_perceptual() -> nn.Module | None:
+def load_perceptual() -> PerceptualNet | None:
     """The lab's perceptual net if it has been trained already."""
-    from .networks import load
-
-    return load("perceptual") if (WEIGHTS / "perceptual.safetensors").exists() else None
+    if not (WEIGHTS / "perceptual.safetensors").exists():
+        return None
+    net = networks.load("perceptual")
+    assert isinstance(net, PerceptualNet)
+    return net
 
 
 def fit(trainer: Trainer, out: Path, command: str, export: Path) -> None:
@@ -346,8 +371,9 @@ def fit(trainer: Trainer, out: Path, command: str, export: Path) -> None:
             if trainer.step % 100 == 0:
                 shown = {name: value.item() for name, value in losses.items()}
                 log(out / "log.csv", trainer, shown)
-                bar.set_postfix(step=trainer.step, psnr=f"{-10 * math.log10(shown['mse'] / 4):.1f}",
-                                stray=f"{shown['stray']:.3f}")
+                bar.set_postfix(
+                    step=trainer.step, psnr=f"{-10 * math.log10(shown['mse'] / 4):.1f}", stray=f"{shown['stray']:.3f}"
+                )
             if time.monotonic() - saved > 600 or trainer.spent >= budget:
                 trainer.save(out / "last.pt")
                 facts = judge(trainer.average, out / f"sheet_{trainer.step:06d}.png")
@@ -381,8 +407,10 @@ def main() -> None:
     trainer = Trainer(plan, options.device)
     if options.resume and (options.out / "last.pt").exists():
         trainer.load(options.out / "last.pt")
-    command = (f"python -m convlora.integrations.eg3d.lab.train_prior --minutes {options.minutes:g} "
-               f"--rays-share {options.rays_share:g} --rate {options.rate:g} --seed {options.seed}")
+    command = (
+        f"python -m convlora.integrations.eg3d.lab.train_prior --minutes {options.minutes:g} "
+        f"--rays-share {options.rays_share:g} --rate {options.rate:g} --seed {options.seed}"
+    )
     fit(trainer, options.out, command, options.export)
 
 

@@ -59,8 +59,6 @@ class Photo(NamedTuple):
     mask: Tensor
 
 
-
-
 def _generators(seed: int | Sequence[int], stream: int) -> list[np.random.Generator]:
     seeds = [seed] if isinstance(seed, int) else [int(s) for s in seed]
     return [np.random.default_rng(np.random.SeedSequence([s, stream])) for s in seeds]
@@ -188,15 +186,11 @@ def render(
     image = rgb.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
     head = ((part > 0) & (part != 5)).float().reshape(-1, 1, side, side)
     pool = torch.nn.functional.avg_pool2d
-    image, depth, mask = (
-        pool(plane, supersample) for plane in (image, depth.reshape(-1, 1, side, side), head)
-    )
+    image, depth, mask = (pool(plane, supersample) for plane in (image, depth.reshape(-1, 1, side, side), head))
     return Photo((image * 2 - 1).contiguous(), depth, mask)
 
 
-def sdf(
-    params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None, points: Tensor | np.ndarray
-) -> Tensor:
+def sdf(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None, points: Tensor | np.ndarray) -> Tensor:
     """Signed distance (N, M) of the union of all solids at points (N, M, 3): right in sign, approximate in size."""
     from . import _jit, _tracer
 
