@@ -37,7 +37,7 @@ class PerceptualNet(nn.Module):
         self,
         param_dim: int,
         widths: Sequence[int] = (24, 48, 96, 128, 128),
-        depths: Sequence[int] = (1, 2, 2, 1, 1),
+        depths: Sequence[int] = (1, 1, 1, 1, 1),
         head: int = 256,
     ):
         super().__init__()

@@ -48,7 +48,7 @@ class Plan:
     heads: int = 6
     rays: int = 320
     patch_heads: int = 4
-    patch_rays: int = 192
+    patch_rays: int = 160
     rate: float = 1.5e-2
     mapping_rate: float = 20.0
     density_rate: float = 3.0
@@ -67,6 +67,9 @@ class Heads:
     @property
     def origins(self) -> Tensor:
         return self.cameras[:, :3, 3].contiguous()
+
+    def first(self, count: int) -> Heads:
+        return Heads(self.z[:count], self.params[:count], self.cameras[:count], self.labels[:count])
 
 
 def random_heads(count: int, z_dim: int, generator: torch.Generator) -> Heads:
@@ -178,13 +181,14 @@ class Trainer:
     def train_step(self, fraction: float) -> dict[str, Tensor]:
         plan = self.plan
         alone = fraction < plan.rays_share
-        heads = random_heads(plan.heads if alone else plan.patch_heads, self.model.z_dim, self.rng)
+        heads = random_heads(plan.heads, self.model.z_dim, self.rng)
         ws, planes = self.planes(heads)
         geometry = 2.0 * max(0.1, 1 - fraction / max(plan.rays_share, 1e-6))
         out = self.ray_loss(heads, planes, plan.rays if alone else plan.patch_rays, geometry)
         loss = out["total"]
         if not alone:
-            patch = self.patch_loss(heads, planes, ws)
+            few = plan.patch_heads
+            patch = self.patch_loss(heads.first(few), planes[:few], ws[:few])
             loss = 0.5 * loss + patch.pop("total")
             out.update({f"patch_{name}": value for name, value in patch.items()})
         self.optimiser.zero_grad(set_to_none=True)
