@@ -103,7 +103,7 @@ def _personalize(options: argparse.Namespace) -> None:
     from convlora.integrations.eg3d.checkpoint import load_generator
     from convlora.integrations.eg3d.demo import LAB_SETTINGS, lab_networks
     from convlora.integrations.eg3d.lab.networks import perceptual_distance
-    from convlora.integrations.eg3d.pipeline import Networks, Settings, personalize_album
+    from convlora.integrations.eg3d.pipeline import Networks, Settings, check_settings, personalize_album
     from convlora.integrations.eg3d.run_folder import RunFolder
 
     lab = options.generator == "lab"
@@ -119,6 +119,7 @@ def _personalize(options: argparse.Namespace) -> None:
         )
         networks = Networks(perceptual=perceptual_distance)
     settings = _settings(LAB_SETTINGS if lab else Settings(), options, compare_full=options.compare_full)
+    check_settings(G, settings)
     record = {"album": str(options.album.resolve()), "generator": options.generator, **vars(settings)}
     with RunFolder(options.out, {**record, "photos": album.train.names, "held_out": album.test.names}) as out:
         command = shlex.join(["convlora", *sys.argv[1:]])

@@ -27,15 +27,15 @@ lab.write_album(lab.PERSON_A, out / "album", train=4 if quick else 16, test=2 if
 album = eg3d.load_album(out / "album", G.img_resolution)
 
 # 3. Anchors: every photo inverted into W. The lab's encoder gives a start close to the end.
-perceptual = lab.networks.load("perceptual").distance
+perceptual = lab.networks.perceptual_distance
 anchors = eg3d.find_anchors(
-    G, album.train, steps=2 if quick else 40, init=lab.w_encoder(G), perceptual=perceptual, lr=0.02
+    G, album.train, steps=2 if quick else 25, init=lab.w_encoder(G), perceptual=perceptual, lr=0.05
 )
 anchors.save(out / "anchors.safetensors")
 
 # 4. Personalise: a rank-1 adapter on every layer of the backbone and the super-resolution, the decoder in full.
 adapter = eg3d.personalize(
-    G, album.train, anchors, rank=1, steps=4 if quick else 150, lr=0.01, lr_full=0.002, perceptual=perceptual
+    G, album.train, anchors, rank=1, steps=4 if quick else 110, lr=0.008, lr_full=0.003, perceptual=perceptual
 )
 print(adapter)
 path = adapter.save(out / "adapter.safetensors", person=album.person, consent="procedural, none needed")

@@ -10,13 +10,13 @@ from tqdm import tqdm
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.album import load_album
 from convlora.integrations.eg3d.checkpoint import load_generator
-from convlora.integrations.eg3d.pipeline import Networks, Settings, personalize_album
+from convlora.integrations.eg3d.pipeline import Networks, Settings, check_settings, personalize_album
 from convlora.integrations.eg3d.report import Report
 from convlora.integrations.eg3d.run_folder import RunFolder
 
 #: What suits the lab's small prior: its encoder starts inversion close, so few steps are enough.
 LAB_SETTINGS = Settings(
-    anchor_steps=40, anchor_lr=0.02, steps=150, batch_size=4, lr=0.01, lr_full=0.002, compare_full=True
+    anchor_steps=25, anchor_lr=0.05, steps=110, batch_size=4, lr=0.008, lr_full=0.003, compare_full=True
 )
 
 
@@ -45,6 +45,7 @@ def run_demo(
         if not 1 <= count <= most:
             raise ConvloraError(f"{name}={count}: person A's album has 1 to {most} such photos")
     G = load_generator("lab", device)
+    check_settings(G, settings)
     with RunFolder(out, {"album": "person A", "train": train, "test": test, **vars(settings)}) as folder:
         album_folder = folder / "album"
         if not (album_folder / "manifest.json").is_file():  # written last: without it the album is half done

@@ -64,6 +64,11 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Spread]
 
 
+def check_settings(G: TriPlaneGenerator, settings: Settings) -> None:
+    """Raise now what personalising G would raise after minutes of inversion: an unknown preset, an impossible rank."""
+    inject_personal(G, settings.rank, settings.preset).remove()
+
+
 def personalize_album(
     G: TriPlaneGenerator, album: Album, out: RunFolder, settings: Settings, networks: Networks, *, command: str = "",
     progress: bool = True,
@@ -72,7 +77,6 @@ def personalize_album(
 
     Writes `anchors.safetensors`, `adapter.safetensors` and the checkpoints of what is under way.
     """
-    inject_personal(G, settings.rank, settings.preset).remove()  # a wrong rank is told now, not in ten minutes
     with out.timed("anchors"):
         anchors = invert(G, album.train, out, "anchors", settings, networks, progress)
     models: dict[str, TriPlaneGenerator] = {PRETRAINED: G}
