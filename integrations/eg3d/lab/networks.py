@@ -131,7 +131,7 @@ class IdentityEncoder(nn.Module):
         if images.shape[-1] != self.size or images.shape[-2] != self.size:
             images = F.adaptive_avg_pool2d(images, self.size)
         x = self.blocks(F.relu(self.norm(self.stem(images))))
-        return self.embed(F.dropout(F.relu(self.squeeze(x)).flatten(1), 0.2, self.training))
+        return self.embed(F.relu(self.squeeze(x)).flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(self.raw(images).float(), dim=1)

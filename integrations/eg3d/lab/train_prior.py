@@ -229,6 +229,12 @@ class Trainer:
         self.rng.set_state(content["rng"])
         self.step, self.spent = content["step"], content["spent"]
 
+    def begin_with(self, path: Path) -> None:
+        """Take the weights of a generator file for the model and its average; the optimiser starts afresh."""
+        state = checkpoint.load_generator(path, self.device).state_dict()
+        self.model.load_state_dict(state)
+        self.average.load_state_dict(state)
+
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
         centre(self.average)
         checkpoint.save_generator(self.average, folder / "prior.safetensors")
@@ -400,6 +406,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".lab/prior"))
     parser.add_argument("--export", type=Path, default=WEIGHTS, help="folder of prior.safetensors and prior.json")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    parser.add_argument("--start", type=Path, help="begin with a generator's weights, such as the shipped prior's")
     parser.add_argument("--rays-share", type=float, default=Plan.rays_share)
     parser.add_argument("--rate", type=float, default=Plan.rate)
     parser.add_argument("--device", default="cpu")
@@ -409,6 +416,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     plan = Plan(options.minutes, rays_share=options.rays_share, rate=options.rate, seed=options.seed)
     trainer = Trainer(plan, options.device)
+    if options.start is not None:
+        trainer.begin_with(options.start)
     if options.resume and (options.out / "last.pt").exists():
         trainer.load(options.out / "last.pt")
     command = (
