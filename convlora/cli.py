@@ -136,15 +136,12 @@ def _settings(defaults: Any, options: argparse.Namespace, **more: Any) -> Any:
 
 
 def _finish(report: Any, out: Path) -> None:
-    from convlora.files import replacing
-    from convlora.integrations.eg3d.report import result_json, table, write_report
+    from convlora.integrations.eg3d.report import table, write_results
 
-    page = write_report(report, out / "report.html")
-    with replacing(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(result_json(report), indent=2), encoding="utf-8")
+    page, *others = write_results(report, out)
     print(f"\n{report.notice}\n\n{table(report.rows, report.metric_notes)}\n")
     print(f"adapter  {out / 'adapter.safetensors'}  ({(out / 'adapter.safetensors').stat().st_size:,} bytes)")
-    print(f"report   {page}")
+    print(f"report   {page}  (also {', '.join(path.name for path in others)})")
 
 
 def _prepare_device(name: str) -> None:
