@@ -134,7 +134,7 @@ class TriPlaneGenerator(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor arguments, with the attributes as they are now: TriPlaneGenerator(**G.config) is alike."""
+        """The constructor arguments, with the attributes as they are now; `TriPlaneGenerator(**G.config)` is alike."""
         current = dict(
             rendering_kwargs=self.rendering_kwargs, neural_rendering_resolution=self.neural_rendering_resolution
         )
