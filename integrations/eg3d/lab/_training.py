@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convlora.files import replacing
+
 RADIUS, FOCAL = 2.7, 4.2647
 
 
@@ -61,9 +63,8 @@ def curve(fraction: float, warmup: float = 0.01, floor: float = 0.02) -> float:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """torch.save to a file that appears whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def write_provenance(path: Path, **facts: Any) -> None:
@@ -77,9 +78,8 @@ def write_provenance(path: Path, **facts: Any) -> None:
         "torch": torch.__version__,
         **facts,
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def write_sheet(path: Path, rows: list[Tensor], scale: int = 1) -> None:
