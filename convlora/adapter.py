@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from convlora import files
 from convlora.attach import base_parameters, detach, find_change, frozen, is_merged, merge, unmerge
 from convlora.errors import ConvloraError, FileError, TargetError
 from convlora.layers import Slot, as_matrix
-from convlora.methods import Change, Full
+from convlora.methods import METHODS, Change, Full
 from convlora.record import Record
 
 _REGISTRY = "_convlora"  # in the model's __dict__, so that deepcopy and torch.save take it along
@@ -177,6 +177,13 @@ class Adapter:
             if value is not None:
                 change.strength = torch.full_like(change.strength, value)
 
+    def step(self) -> None:
+        """Advance what a method does on a schedule: PaRa's warm-up and retraction, AdaLoRA's ranks.
+
+        Call it in each training step between `optimizer.step()` and `zero_grad()`; for other methods it does nothing.
+        """
+        METHODS[self.method].after_step(self.layers)
+
     def enable(self) -> None:
         """Let the adapter act again."""
         self._switch(True)
@@ -257,9 +264,23 @@ class Adapter:
         `dtype` (float32, float16, bfloat16) is that of the tensors in the file; None keeps theirs. `metadata`
         adds text fields such as `base_model`, `person`, `consent`.
         """
-        record = self.record
-        tensors = {key: files.cast(tensor, dtype) for key, tensor in self.state_dict().items()}
+        tensors, record = self.to_be_saved()
+        tensors = {key: files.cast(tensor, dtype) for key, tensor in tensors.items()}
         return files.write(Path(path), tensors, files.metadata_of(record, metadata))
+
+    def to_be_saved(self) -> tuple[dict[str, Tensor], Record]:
+        """The tensors of a file and the record that describes them: layers pruned to rank 0 are left out."""
+        state = {key: value for key, value in self.state_dict().items() if key.startswith("train/")}
+        ranks, tensors = dict(self.record.ranks), dict[str, Tensor]()
+        for layer, change in self.layers.items():
+            kept, rank = change.saved()
+            tensors |= {f"{layer}/{key}": value for key, value in kept.items()}
+            if rank is not None:
+                ranks[layer] = (rank, rank)
+        ranks = {layer: pair for layer, pair in ranks.items() if pair[0]}
+        strengths = {name: float(change.strength) for name, change in {**self.layers, **self.trained}.items()}
+        strengths = {n: value for n, value in strengths.items() if value != 1 and n in {*ranks, *self.record.trained}}
+        return tensors | state, replace(self.record, ranks=ranks, strengths=strengths)
 
     # ------------------------------------------------------------------------------------------------- inside
 

@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def metadata_of(record: Record, extra: Mapping[str, str]) -> dict[str, str]:
-    taken = sorted(set(extra) & {*_FIELDS, "library_version", "created"})
+    taken = sorted(set(extra) & {*_FIELDS, "strengths", "library_version", "created"})
     if taken:
         raise FileError(f"metadata fields {taken} are written by convlora itself; choose other names")
     return {
@@ -85,6 +85,7 @@ def metadata_of(record: Record, extra: Mapping[str, str]) -> dict[str, str]:
         "trained": json.dumps(record.trained),
         "buffers": json.dumps(record.buffers),
         "base_fingerprint": record.base_fingerprint,
+        **({"strengths": json.dumps(record.strengths)} if record.strengths else {}),
         "library_version": __version__,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **{key: str(value) for key, value in extra.items()},
@@ -102,14 +103,19 @@ def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") ->
         )
     try:
         ranks = {layer: (int(nominal), int(inner)) for layer, (nominal, inner) in json.loads(metadata["ranks"]).items()}
+        trained = list(json.loads(metadata["trained"]))
+        strengths = {name: float(value) for name, value in json.loads(metadata.get("strengths", "{}")).items()}
+        if foreign := sorted(set(strengths) - {*ranks, *trained}):
+            raise ValueError(f"strengths for {foreign}, which the file does not hold")
         return Record(
             name,
             metadata["method"],
             ranks,
             dict(json.loads(metadata["options"])),
-            list(json.loads(metadata["trained"])),
+            trained,
             list(json.loads(metadata["buffers"])),
             metadata["base_fingerprint"],
+            strengths,
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: damaged adapter metadata ({type(error).__name__}: {error})") from None

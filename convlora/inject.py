@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -69,7 +71,7 @@ def inject_lora(
 def inject(
     model: nn.Module,
     method: str,
-    rank: int = 1,
+    rank: int | None = None,
     *,
     alpha: float | Mapping[str, float] | None = None,
     targets: Patterns | None = None,
@@ -81,13 +83,37 @@ def inject(
     path: Path = "auto",
     **options: Any,
 ) -> Adapter:
-    """As `inject_lora`, for any method of `convlora.METHODS`; `options` go to the method."""
+    """As `inject_lora`, for any method of `convlora.METHODS`; `options` go to the method.
+
+    `rank=None` is the method's own choice: 1, or the largest for methods that train a whole spectrum. Two presets of
+    methods count as methods: "affine_only" (the style affines in full) and "bias_only" (every bias in full).
+    """
+    if method == "bias_only":
+        return _inject_bias_only(model, name)
+    if method == "affine_only":
+        method, targets = "full", "*affine" if targets is None else targets
+    cls = method_class(method)
     check_name(model, name)
-    layers = select_layers(model, targets, exclude)
+    if rank_per != "matrix":
+        options["inner"] = None  # refused below by methods without factors
+    if alpha is not None:
+        options["alpha"] = None
+    _check_options(method, cls, options)
+    options = {key: value for key, value in options.items() if key not in ("inner", "alpha")}
     trained = select_parameters(model, train)
     tensors = {id(slot.tensor) for slot in trained.values()}
-    layers = {layer: slot for layer, slot in layers.items() if id(slot.tensor) not in tensors}
-    resolved = resolve_ranks(layers, rank, ranks, rank_per)
+    layers = {
+        layer: slot
+        for layer, slot in select_layers(model, targets, exclude).items()
+        if id(slot.tensor) not in tensors and not cls.skips(tuple(slot.tensor.shape), options)
+    }
+    resolved = resolve_ranks(
+        layers,
+        cls.default_rank if rank is None else rank,
+        ranks,
+        rank_per,
+        {layer: cls.rank_limit(tuple(slot.tensor.shape), options) for layer, slot in layers.items()},
+    )
     alphas = {layer: _alpha_of(layer, alpha) for layer in resolved}
     options |= {"alpha": alphas if isinstance(alpha, Mapping) else alpha, "rank_per": rank_per, "path": path}
     buffers = select_buffers(model, train)
@@ -95,18 +121,44 @@ def inject(
     return install(model, record, *build(model, record))
 
 
+def method_class(method: str) -> type[Change]:
+    if method not in METHODS:
+        raise ConvloraError(f"unknown method {method!r}; convlora has {', '.join(METHODS)}, affine_only, bias_only")
+    return METHODS[method]
+
+
 def build(model: nn.Module, record: Record) -> tuple[dict[str, Change], dict[str, Full]]:
     """The changes that a record describes, freshly initialised and not yet attached."""
-    if record.method not in METHODS:
-        raise ConvloraError(f"unknown method {record.method!r}; convlora has {', '.join(METHODS)}")
+    cls = method_class(record.method)
     options = {key: value for key, value in record.options.items() if key not in ("alpha", "rank_per", "path")}
+    _check_options(record.method, cls, options)
     changes: dict[str, Change] = {}
     for layer, (rank, inner) in record.ranks.items():
-        w0 = as_matrix(record.slot(model, layer).tensor.detach())
-        alpha = _alpha_of(layer, record.options.get("alpha"))
-        changes[layer] = METHODS[record.method](w0, rank, alpha=alpha, inner=inner, **options)  # type: ignore[call-arg]
+        weight = record.slot(model, layer).tensor.detach()
+        own = dict(options)
+        if inner != rank:
+            own["inner"] = inner
+        if (alpha := _alpha_of(layer, record.options.get("alpha"))) is not None:
+            own["alpha"] = alpha
+        changes[layer] = cls(as_matrix(weight), rank, shape=tuple(weight.shape), **own)  # type: ignore[call-arg]
     trained = {name: Full(record.parameter_slot(model, name).tensor) for name in record.trained}
     return changes, trained
+
+
+def _check_options(method: str, cls: type[Change], options: Mapping[str, Any]) -> None:
+    known = [key for key in inspect.signature(cls).parameters if key not in ("w0", "rank", "shape")]
+    for key in options:
+        if key not in known:
+            asked = 'rank_per="kernel"' if key == "inner" else f"option {key!r}"
+            has = ", ".join(k for k in known if k != "inner") or "none"
+            raise ConvloraError(f"method {method!r} has no {asked}; its options: {has}")
+
+
+def _inject_bias_only(model: nn.Module, name: str) -> Adapter:
+    check_name(model, name)
+    trained = select_parameters(model, re.compile(r"(^|\.)bias$"))
+    record = Record(name, "full", {}, {"path": "weight"}, list(trained), [], fingerprint(model))
+    return install(model, record, *build(model, record))
 
 
 def install(model: nn.Module, record: Record, changes: dict[str, Change], trained: dict[str, Full]) -> Adapter:
@@ -122,6 +174,8 @@ def install(model: nn.Module, record: Record, changes: dict[str, Change], traine
         if find_change(slot, record.name) is not None:
             raise ConvloraError(f"layer {layer!r} already has a change named {record.name!r}; pass another name=")
     adapter = register(model, record)
+    for name, strength in record.strengths.items():
+        (changes.get(name) or trained[name]).strength.fill_(strength)
     for layer, change in changes.items():
         attach(slots[layer], record.name, change, forwards[layer])
     for parameter, full in trained.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,8 @@ class Record:
     trained: list[str]  # parameter names
     buffers: list[str]  # buffer names, saved with the trained tensors
     base_fingerprint: str
+    #: {module or parameter name: strength} of a saved adapter where it is not 1; on a model, the changes hold it.
+    strengths: dict[str, float] = field(default_factory=dict)
 
     def slot(self, model: nn.Module, layer: str) -> Slot:
         slot = find_slot(model.get_submodule(layer))

@@ -112,9 +112,16 @@ def select_buffers(model: nn.Module, patterns: Patterns) -> list[str]:
 
 
 def resolve_ranks(
-    slots: Mapping[str, Slot], rank: int, ranks: Mapping[str, int] | None, rank_per: str
+    slots: Mapping[str, Slot],
+    rank: int | None,
+    ranks: Mapping[str, int] | None,
+    rank_per: str,
+    limits: Mapping[str, int],
 ) -> dict[str, tuple[int, int]]:
-    """`{module name: (nominal rank, inner size)}` without the layers of rank 0; the first glob that matches wins."""
+    """`{module name: (nominal rank, inner size)}` without the layers of rank 0; the first glob that matches wins.
+
+    `rank=None` is each layer's limit.
+    """
     if rank_per not in ("matrix", "kernel"):
         raise RankError(f'rank_per must be "matrix" or "kernel", not {rank_per!r}')
     ranks = dict(ranks or {})
@@ -127,18 +134,19 @@ def resolve_ranks(
     for name, slot in slots.items():
         nominal = next((r for glob, r in ranks.items() if fnmatch.fnmatchcase(name, glob)), None)
         from_ranks = nominal is not None
-        nominal = rank if nominal is None else nominal
+        if nominal is None:
+            nominal = limits[name] if rank is None else rank
         if isinstance(nominal, bool) or not isinstance(nominal, int):
             raise RankError(f"layer {name!r}: the rank must be a whole number, not {nominal!r}")
         if nominal == 0 and from_ranks:
             continue
         if nominal < 1:
             raise RankError(f"layer {name!r}: rank {nominal} is below 1 (ranks={{glob: 0}} skips a layer)")
-        out, cols = as_matrix(slot.tensor).shape
-        if rank_per == "matrix" and nominal > min(out, cols):
+        if rank_per == "matrix" and nominal > limits[name]:
+            out, cols = as_matrix(slot.tensor).shape
             raise RankError(
-                f"layer {name!r}: rank {nominal} is above {min(out, cols)}, the most its {out} × {cols} matrix can "
-                f"have; lower rank=, or give this layer its own with ranks={{{name!r}: {min(out, cols)}}}"
+                f"layer {name!r}: rank {nominal} is above {limits[name]}, the most its {out} × {cols} matrix can "
+                f"have; lower rank=, or give this layer its own with ranks={{{name!r}: {limits[name]}}}"
             )
         # My3DGen's code counts rank per kernel row and lets it exceed small layers; "kernel" reproduces that.
         resolved[name] = (nominal, nominal * (kernel_side(slot.tensor) if rank_per == "kernel" else 1))

@@ -117,7 +117,7 @@ def test_a_method_is_one_class_and_one_table_line(monkeypatch, tmp_path):
     from convlora.methods import Change
 
     class Scale(Change):
-        def __init__(self, w0, rank, alpha=None, inner=None):
+        def __init__(self, w0, rank, *, shape, alpha=None):
             super().__init__()
             self.g = nn.Parameter(torch.zeros(w0.shape[0], 1))
 

@@ -9,6 +9,7 @@ from convlora.methods.lora import LoRA
 #: name -> class; called as `METHODS[name](w0, rank=…, **options)` with w0 the matrix `(out, cols)`.
 METHODS: dict[str, type[Change]] = {
     "lora": LoRA,
+    "full": Full,
 }
 
 __all__ = ["METHODS", "Change", "Full", "LoRA", "LowRankChange"]

@@ -1,12 +1,16 @@
 """What a method is: a small piece of mathematics on one layer's matrix.
 
 `w0` is always the frozen weight in its im2col view `(out, cols)`, as `convlora.layers.as_matrix` gives it.
-A method knows nothing of layer kinds, models or files.
+A method knows nothing of layer kinds, models or files. It is a class whose constructor takes
+`(w0, rank, *, shape, …options)`: `shape` is the raw weight's own shape `(out, in, *kernel)`, for methods that treat
+a kernel's positions or input channels apart, and every further keyword is an option of the method.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,8 @@ from torch import Tensor, nn
 class Change(nn.Module):
     """The change of one weight matrix: `delta(w0)` gives ΔW of w0's shape."""
 
+    #: The rank where the user gives none; None: the largest one allowed.
+    default_rank: ClassVar[int | None] = 1
     enabled: bool = True
     strength: Tensor
 
@@ -25,6 +31,26 @@ class Change(nn.Module):
 
     def delta(self, w0: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define delta(w0)")
+
+    # What follows has a default that suits most methods.
+
+    @classmethod
+    def rank_limit(cls, shape: tuple[int, ...], options: Mapping[str, Any]) -> int:
+        """The largest rank that makes sense on a weight of this shape."""
+        return min(shape[0], prod(shape[1:]))
+
+    @classmethod
+    def skips(cls, shape: tuple[int, ...], options: Mapping[str, Any]) -> bool:
+        """Whether the method leaves out layers of this shape."""
+        return False
+
+    @staticmethod
+    def after_step(changes: Mapping[str, Any]) -> None:
+        """Called by `Adapter.step()` with all changes of the adapter, between `optimizer.step()` and `zero_grad()`."""
+
+    def saved(self) -> tuple[dict[str, Tensor], int | None]:
+        """The tensors that go to a file, and their rank where it is no longer the one given (0: none go)."""
+        return self.state_dict(), None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A checkpoint of the plain base model says nothing about adapters: loading it into an adapted model

@@ -51,6 +51,7 @@ class Plan:
     patch_rays: int = 160
     rate: float = 1.5e-2
     mapping_rate: float = 20.0
+    affine_rate: float = 3.0
     density_rate: float = 3.0
     seed: int = 0
 
@@ -250,8 +251,8 @@ def density_row(model: TriPlaneGenerator) -> Tensor:
 def prepare(model: TriPlaneGenerator) -> None:
     """What differs from a usual random start.
 
-    No noise, a mapping blind to the unused latents, a steeper density, and a super-resolution that begins as plain
-    up-sampling of the rendered image.
+    No noise, a mapping that is blind to the unused latents and hands the parameters on, a steeper density, and a
+    super-resolution that begins as plain up-sampling of the rendered image.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("noise_strength"):
@@ -259,9 +260,32 @@ def prepare(model: TriPlaneGenerator) -> None:
     with torch.no_grad():
         first: Any = model.backbone.mapping.fc0
         first.weight[:, world.PARAM_DIM : model.z_dim] = 0
+        hand_on(model)
         density_row(model).mul_(4)
         for block in (model.superresolution.block0, model.superresolution.block1):
             block.torgb.weight.zero_()
+
+
+def hand_on(model: TriPlaneGenerator) -> None:
+    """Let the last 2 · PARAM_DIM numbers of w be lrelu(p) and lrelu(-p) of each world parameter p.
+
+    A random mapping mixes all parameters in every number of w; those with a small part in the picture (the hue of
+    the shirt, freckles) are then noise to be damped, and were, for good.
+    """
+    count = world.PARAM_DIM
+    first: Any = model.backbone.mapping.fc0
+    last: Any = model.backbone.mapping.fc1
+    shift = 4.0  # keeps the hidden numbers on the straight side of their lrelu, whose gain is √2
+    eye = torch.eye(count)
+    hidden, plus, minus = slice(-count, None), slice(-2 * count, -count), slice(-count, None)
+    first.weight[hidden] = 0
+    first.weight[hidden, :count] = eye / first.weight_gain
+    first.bias[hidden] = shift / first.bias_gain
+    last.weight[-2 * count :] = 0
+    last.weight[plus, hidden] = eye / (math.sqrt(2) * last.weight_gain)
+    last.weight[minus, hidden] = -eye / (math.sqrt(2) * last.weight_gain)
+    last.bias[plus] = -shift / last.bias_gain
+    last.bias[minus] = shift / last.bias_gain
 
 
 def freeze_unused(model: TriPlaneGenerator) -> None:
@@ -272,8 +296,14 @@ def freeze_unused(model: TriPlaneGenerator) -> None:
 
 def make_optimiser(model: TriPlaneGenerator, plan: Plan) -> torch.optim.Optimizer:
     mapping = [p for n, p in model.named_parameters() if ".mapping." in n and p.requires_grad]
-    rest = [p for n, p in model.named_parameters() if ".mapping." not in n and p.requires_grad]
-    groups = [{"params": mapping, "scale": plan.mapping_rate}, {"params": rest, "scale": 1.0}]
+    affine = [p for n, p in model.named_parameters() if ".affine." in n and p.requires_grad]
+    known = {id(p) for p in mapping + affine}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {"params": mapping, "scale": plan.mapping_rate},
+        {"params": affine, "scale": plan.affine_rate},
+        {"params": rest, "scale": 1.0},
+    ]
     return torch.optim.Adam(groups, lr=plan.rate, betas=(0.9, 0.99), eps=1e-8)
 
 

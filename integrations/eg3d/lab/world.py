@@ -163,7 +163,10 @@ def pixel_rays(
     x = (u - k[0, 2] - k[0, 1] * y) / k[0, 0]
     rays = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)
     rays = rays / rays.norm(dim=-1, keepdim=True)
-    return poses[:, :3, 3].contiguous(), torch.einsum("nij,mj->nmi", poses[:, :3, :3], rays).contiguous()
+    # Not a matrix product: its rounding depends on how many cameras there are, and a photo must not.
+    right, down, ahead = poses[:, None, :3, :3].unbind(-1)
+    world = rays[:, :1] * right + rays[:, 1:2] * down + rays[:, 2:] * ahead
+    return poses[:, :3, 3].contiguous(), world.contiguous()
 
 
 def render(
