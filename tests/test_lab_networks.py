@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("numba")
 
 from convlora.errors import ConvloraError, FileError
+from convlora.integrations.eg3d.cameras import label
 from convlora.integrations.eg3d.lab import networks, world
-from convlora.integrations.eg3d.lab._training import curve, labels, orbit
+from convlora.integrations.eg3d.lab._training import curve, orbit
 
 DATA = Path(str(files("convlora.integrations.eg3d.lab") / "data"))
 
@@ -31,7 +32,7 @@ def people() -> dict[str, torch.Tensor]:
     cameras = orbit(yaw, pitch)
     params = torch.cat([identity, nuisance], 1)
     images = world.render(params, None, cameras, None, 64, 2).image
-    return {"images": images, "params": params, "labels": labels(cameras), "person": torch.arange(count).repeat(each)}
+    return {"images": images, "params": params, "labels": label(cameras), "person": torch.arange(count).repeat(each)}
 
 
 def test_identity_separates_unseen_people(people: dict[str, torch.Tensor]) -> None:

@@ -16,32 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora.files import replacing
-
-RADIUS, FOCAL = 2.7, 4.2647
+from convlora.integrations.eg3d import cameras
 
 
 def orbit(yaw: Tensor, pitch: Tensor) -> Tensor:
-    """Cameras (N, 4, 4) on the sphere of radius 2.7 looking at the origin; angles (N,) in radians, yaw to the right."""
-    place = torch.stack([yaw.sin() * pitch.cos(), pitch.sin(), yaw.cos() * pitch.cos()], 1)
-    forward = -place
-    right = F.normalize(torch.linalg.cross(forward, torch.tensor([0.0, 1.0, 0.0]).expand_as(forward)), dim=1)
-    down = torch.linalg.cross(forward, right)
-    cam2world = torch.zeros(len(yaw), 4, 4)
-    cam2world[:, :3] = torch.stack([right, down, forward, place * RADIUS], 2)
-    cam2world[:, 3, 3] = 1
-    return cam2world
-
-
-def labels(cam2world: Tensor) -> Tensor:
-    """Camera labels (N, 25) with the intrinsics of FFHQ."""
-    intrinsics = torch.tensor([FOCAL, 0, 0.5, 0, FOCAL, 0.5, 0, 0, 1.0]).expand(len(cam2world), 9)
-    return torch.cat([cam2world.flatten(1), intrinsics], 1)
-
-
-def pixel_rays(cam2world: Tensor, uv: Tensor) -> Tensor:
-    """Unit directions (N, M, 3) through the image points uv (N, M, 2) in [0, 1], u to the right and v down."""
-    camera = torch.cat([(uv - 0.5) / FOCAL, torch.ones_like(uv[..., :1])], -1)
-    return F.normalize(camera @ cam2world[:, :3, :3].transpose(1, 2), dim=-1)
+    """Cameras (N, 4, 4) that look at the origin; angles (N,) in radians, yaw to the right."""
+    return cameras.look_at(math.pi / 2 + yaw, cameras.vertical_angle(pitch))
 
 
 def angles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import cameras
 from . import world
-from ._training import angles, curve, labels, orbit, write_provenance
+from ._training import angles, curve, orbit, write_provenance
 from .networks import IdentityEncoder, PerceptualNet, save
 
 VALIDATION_SEED = 800_000
@@ -60,7 +61,7 @@ class Photos:
         names = (*world.IDENTITY_NAMES, *world.NUISANCE_NAMES)
         sign = torch.tensor([-1.0 if name in SIDED else 1.0 for name in names])
         turned = self.angles * torch.tensor([-1.0, 1.0])
-        return replace(self, params=self.params * sign, angles=turned, labels=labels(orbit(*turned.unbind(1))))
+        return replace(self, params=self.params * sign, angles=turned, labels=cameras.label(orbit(*turned.unbind(1))))
 
 
 def plan(first_seed: int, people: int, each: int, plain: float = 0.4) -> dict[str, Tensor]:
@@ -96,10 +97,10 @@ def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int
     pictures = np.lib.format.open_memmap(file, "w+" if fresh else "r+", np.uint8, (total, SIZE, SIZE, 3))
     done = 0 if fresh else int(count.read_text())
     count.write_text(str(done))
-    cameras = orbit(*facts["angles"].unbind(1))
+    cam2world = orbit(*facts["angles"].unbind(1))
     for start in tqdm(range(done, total, 16), desc=f"drawing {folder.name}", mininterval=20):
         part = slice(start, min(start + 16, total))
-        photo = world.render(facts["params"][part], facts["traits"][part], cameras[part], None, SIZE, supersample)
+        photo = world.render(facts["params"][part], facts["traits"][part], cam2world[part], None, SIZE, supersample)
         pictures[part] = ((photo.image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         temporary = count.with_suffix(".tmp")
         temporary.write_text(str(part.stop))
@@ -113,7 +114,7 @@ def open_photos(folder: Path) -> Photos:
         pictures,
         facts["params"],
         facts["traits"],
-        labels(orbit(*facts["angles"].unbind(1))),
+        cameras.label(orbit(*facts["angles"].unbind(1))),
         facts["angles"],
         facts["person"],
         folder,

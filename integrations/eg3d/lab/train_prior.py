@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import checkpoint, renderer
+from .. import cameras, checkpoint, renderer
 from ..configs import CONFIGS
 from ..generator import TriPlaneGenerator
 from . import networks, world
-from ._training import angles, curve, labels, orbit, pixel_rays, write_checkpoint, write_provenance, write_sheet
+from ._training import angles, curve, orbit, write_checkpoint, write_provenance, write_sheet
 from .networks import PerceptualNet
 
 UNSEEN_SEED = 800_500
@@ -76,16 +76,16 @@ class Heads:
 def random_heads(count: int, z_dim: int, generator: torch.Generator) -> Heads:
     """Latents and the heads they stand for: params are the first entries of z scaled to unit mean square."""
     z = torch.randn(count, z_dim, generator=generator)
-    cameras = orbit(*angles(count, generator))
+    cam2world = orbit(*angles(count, generator))
     params = (z * z.square().mean(1, keepdim=True).rsqrt())[:, : world.PARAM_DIM]
-    return Heads(z, params.contiguous(), cameras, labels(cameras))
+    return Heads(z, params.contiguous(), cam2world, cameras.label(cam2world))
 
 
 def aimed_rays(heads: Heads, count: int, generator: torch.Generator) -> Tensor:
     """Unit directions (N, count, 3): half spread over the picture, half through the features of the face."""
     spread = count // 2
     uv = torch.rand(len(heads.z), spread, 2, generator=generator)
-    even = pixel_rays(heads.cameras, uv)
+    _, even = world.rays_through(heads.cameras, None, uv)
     points = world.anchors3d(heads.params, None)
     brows = points[:, :2] + torch.tensor([0.0, 0.035, 0.0])
     spots = torch.cat([points, points[:, 3:].mean(1, keepdim=True), points[:, :2], brows], 1)
@@ -161,7 +161,7 @@ class Trainer:
         corner = patch_corners(heads, size, self.rng)
         fine = truth_patches(heads, corner, size)
         coarse = F.avg_pool2d(fine, 2)
-        directions = pixel_rays(heads.cameras, grid(corner, PATCH, size))
+        _, directions = world.rays_through(heads.cameras, None, grid(corner, PATCH, size))
         origins = heads.origins[:, None].expand_as(directions)
         drawn = self.model.renderer(planes, self.model.decoder, origins, directions, self.options)
         features = drawn.features.transpose(1, 2).unflatten(2, (PATCH, PATCH))
@@ -345,7 +345,7 @@ def patch_corners(heads: Heads, size: int, generator: torch.Generator) -> Tensor
 def truth_patches(heads: Heads, corner: Tensor, size: int) -> Tensor:
     """Drawn patches (N, 3, 2 PATCH, 2 PATCH) in [-1, 1] of the final image, 2 × 2 rays to a pixel."""
     side = PATCH * 4
-    directions = pixel_rays(heads.cameras, grid(corner * 4, side, size * 4))
+    _, directions = world.rays_through(heads.cameras, None, grid(corner * 4, side, size * 4))
     colour = world.trace(heads.params, None, heads.origins, directions).rgb
     return F.avg_pool2d(colour.transpose(1, 2).reshape(len(corner), 3, side, side), 2) * 2 - 1
 
@@ -363,9 +363,10 @@ def judge(model: TriPlaneGenerator, path: Path | None, count: int = 8) -> dict[s
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     z = torch.randn(count, model.z_dim, generator=generator)
     params = (z * z.square().mean(1, keepdim=True).rsqrt())[:, : world.PARAM_DIM].contiguous()
-    cameras = orbit(torch.linspace(-0.35, 0.35, count), torch.linspace(0.15, -0.15, count))
-    truth = world.render(params, None, cameras, None, model.img_resolution, 2)
-    out = model.synthesis(model.mapping(z, labels(cameras)), labels(cameras), noise_mode="const", deterministic=True)
+    cam2world = orbit(torch.linspace(-0.35, 0.35, count), torch.linspace(0.15, -0.15, count))
+    label = cameras.label(cam2world)
+    truth = world.render(params, None, cam2world, None, model.img_resolution, 2)
+    out = model.synthesis(model.mapping(z, label), label, noise_mode="const", deterministic=True)
     if path is not None:
         write_sheet(path, [truth.image, out["image"], out["image_raw"]], 2)
     error = (out["image"].clamp(-1, 1) - truth.image).square().mean(1, keepdim=True) / 4

@@ -35,8 +35,8 @@ from ._names import (
 __all__ = [
     "IDENTITY_DIM", "IDENTITY_NAMES", "IDENTITY_TRAITS", "NUISANCE_DIM", "NUISANCE_NAMES", "OCCLUDER_TRAITS",
     "PARAM_DIM", "PARAM_NAMES", "TRAIT_DIM", "TRAIT_NAMES", "Photo", "Trace",
-    "anchors3d", "attributes", "landmarks", "pixel_rays", "render", "sample_identity", "sample_nuisance",
-    "sample_traits", "sdf", "trace", "z_from_params",
+    "anchors3d", "attributes", "landmarks", "pixel_rays", "rays_through", "render", "sample_identity",
+    "sample_nuisance", "sample_traits", "sdf", "trace", "z_from_params",
 ]  # fmt: skip
 
 _IDENTITY, _NUISANCE, _TRAITS, _PADDING = range(4)  # random streams of one seed
@@ -152,21 +152,32 @@ def _camera(cam2world: Tensor | np.ndarray, intrinsics: Tensor | np.ndarray | No
     return poses, torch.from_numpy(_floats(intrinsics, (3, 3), "intrinsics"))
 
 
-def pixel_rays(
-    cam2world: Tensor | np.ndarray, intrinsics: Tensor | np.ndarray | None, resolution: int
+def rays_through(
+    cam2world: Tensor | np.ndarray, intrinsics: Tensor | np.ndarray | None, points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Origins (N, 3) and unit directions (N, R*R, 3) through pixel centres, rows first, OpenCV camera axes."""
+    """Origins (N, 3) and unit directions (N, M, 3) through image points, OpenCV camera axes.
+
+    `points` is (M, 2) for all cameras or (N, M, 2): x, then y, as shares of the image from its upper left corner.
+    """
     poses, k = _camera(cam2world, intrinsics)
-    at = (torch.arange(resolution) + 0.5) / resolution
-    v, u = torch.meshgrid(at, at, indexing="ij")
+    u, v = points.expand(len(poses), -1, -1).unbind(-1)
     y = (v - k[1, 2]) / k[1, 1]
     x = (u - k[0, 2] - k[0, 1] * y) / k[0, 0]
-    rays = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)
+    rays = torch.stack([x, y, torch.ones_like(x)], -1)
     rays = rays / rays.norm(dim=-1, keepdim=True)
     # Not a matrix product: its rounding depends on how many cameras there are, and a photo must not.
     right, down, ahead = poses[:, None, :3, :3].unbind(-1)
-    world = rays[:, :1] * right + rays[:, 1:2] * down + rays[:, 2:] * ahead
-    return poses[:, :3, 3].contiguous(), world.contiguous()
+    directions = rays[..., :1] * right + rays[..., 1:2] * down + rays[..., 2:] * ahead
+    return poses[:, :3, 3].contiguous(), directions.contiguous()
+
+
+def pixel_rays(
+    cam2world: Tensor | np.ndarray, intrinsics: Tensor | np.ndarray | None, resolution: int
+) -> tuple[Tensor, Tensor]:
+    """Origins (N, 3) and unit directions (N, R*R, 3) through pixel centres, rows first."""
+    at = (torch.arange(resolution) + 0.5) / resolution
+    v, u = torch.meshgrid(at, at, indexing="ij")
+    return rays_through(cam2world, intrinsics, torch.stack([u, v], -1).reshape(-1, 2))
 
 
 def render(
