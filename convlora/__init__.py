@@ -9,9 +9,14 @@ adapter.save("me.safetensors")
 convlora.load_adapter(fresh_model, "me.safetensors")
 """
 
+from convlora import convert as convert
 from convlora._version import __version__ as __version__
 from convlora.adapter import Adapter as Adapter
+from convlora.analysis import conflict as conflict
+from convlora.analysis import weight_change as weight_change
+from convlora.compose import compose as compose
 from convlora.errors import ConvloraError as ConvloraError
+from convlora.extract import extract as extract
 from convlora.inject import inject as inject
 from convlora.inject import inject_lora as inject_lora
 from convlora.layers import register_layer as register_layer
@@ -24,8 +29,13 @@ __all__ = [
     "Adapter",
     "ConvloraError",
     "adaptable",
+    "compose",
+    "conflict",
+    "convert",
+    "extract",
     "inject",
     "inject_lora",
     "load_adapter",
     "register_layer",
+    "weight_change",
 ]

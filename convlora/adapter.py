@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from convlora import files
-from convlora.attach import base_parameters, detach, find_change, frozen, is_merged, merge, unmerge
+from convlora.attach import base_modules, base_parameters, detach, find_change, frozen, is_merged, merge, unmerge
 from convlora.errors import ConvloraError, FileError, TargetError
+from convlora.hub import push_to_hub
 from convlora.layers import Slot, as_matrix
 from convlora.methods import METHODS, Change, Full
+from convlora.methods.change import settled
 from convlora.record import Record
+
+if TYPE_CHECKING:
+    from convlora.analysis import WeightChanges
 
 _REGISTRY = "_convlora"  # in the model's __dict__, so that deepcopy and torch.save take it along
 
@@ -28,6 +34,7 @@ class _Registry:
     records: dict[str, Record] = field(default_factory=dict)
     base_buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     idle_buffers: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of adapters that are disabled
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # running ones that no file will hold
 
 
 def register(model: nn.Module, record: Record) -> Adapter:
@@ -38,6 +45,9 @@ def register(model: nn.Module, record: Record) -> Adapter:
     registry: _Registry = model.__dict__[_REGISTRY]
     registry.records[record.name] = record
     registry.base_buffers[record.name] = {name: _buffer(model, name).clone() for name in record.buffers}
+    registry.statistics[record.name] = {
+        name: tensor.clone() for name, tensor in _running_statistics(model) if name not in record.buffers
+    }
     return Adapter(model, record.name)
 
 
@@ -128,16 +138,18 @@ class Adapter:
             )
         slot = self.record.slot(self.model, module_name)
         change, w0 = self._change(slot), frozen(slot, self.name)
-        return (change.strength * change.delta(as_matrix(w0))).view(w0.shape)
+        with settled(change):
+            return (change.strength * change.delta(as_matrix(w0, slot.owner))).view(w0.shape)
 
     def summary(self) -> str:
         """A table: layer, matrix, rank, values, and how large ΔW is beside W₀."""
         rows = [("layer", "matrix", "rank", "values", "‖ΔW‖/‖W₀‖")]
         with torch.no_grad():
             for layer, change in self.layers.items():
-                w0 = frozen(self.record.slot(self.model, layer), self.name)
+                slot = self.record.slot(self.model, layer)
+                w0 = frozen(slot, self.name)
                 ratio = float(self.delta(layer).norm() / w0.norm().clamp_min(1e-30))
-                out, cols = as_matrix(w0).shape
+                out, cols = as_matrix(w0, slot.owner).shape
                 values = sum(p.numel() for p in change.parameters())
                 rows.append(
                     (
@@ -262,14 +274,23 @@ class Adapter:
         """Write one safetensors file, atomically.
 
         `dtype` (float32, float16, bfloat16) is that of the tensors in the file; None keeps theirs. `metadata`
-        adds text fields such as `base_model`, `person`, `consent`.
+        adds text fields such as `base_model`, `person`, `consent`; later files of this adapter have them too.
         """
         tensors, record = self.to_be_saved()
         tensors = {key: files.cast(tensor, dtype) for key, tensor in tensors.items()}
-        return files.write(Path(path), tensors, files.metadata_of(record, metadata))
+        written = files.write(Path(path), tensors, files.metadata_of(record, metadata))
+        self.record.metadata = record.told(metadata)
+        return written
+
+    push_to_hub = push_to_hub
 
     def to_be_saved(self) -> tuple[dict[str, Tensor], Record]:
-        """The tensors of a file and the record that describes them: layers pruned to rank 0 are left out."""
+        """The tensors of a file and the record that describes them: layers pruned to rank 0 are left out.
+
+        Raises `FileError` if a value is NaN or infinite. Warns if running statistics moved since the adapter came
+        that are not among the tensors: whoever loads the file gets the base's.
+        """
+        self._warn_of_statistics()
         state = {key: value for key, value in self.state_dict().items() if key.startswith("train/")}
         ranks, tensors = dict(self.record.ranks), dict[str, Tensor]()
         for layer, change in self.layers.items():
@@ -280,7 +301,30 @@ class Adapter:
         ranks = {layer: pair for layer, pair in ranks.items() if pair[0]}
         strengths = {name: float(change.strength) for name, change in {**self.layers, **self.trained}.items()}
         strengths = {n: value for n, value in strengths.items() if value != 1 and n in {*ranks, *self.record.trained}}
+        check_finite(tensors | state, f"adapter {self.name!r} cannot be saved: nothing was written")
         return tensors | state, replace(self.record, ranks=ranks, strengths=strengths)
+
+    def swap(self, source: str | Path | Mapping[str, Tensor]) -> None:
+        """Put the tensors of another adapter file, or of a state dict, in place of this adapter's own.
+
+        Nothing is allocated on the model and nothing compiled again (`torch.compile`), so a server can change persons
+        between two requests. The other adapter must have this one's method, base and layers. A LoRA may have lower
+        ranks and fewer layers, and any adapter fewer tensors trained in full: there the rest becomes zero. So
+        inject with the largest rank that is to come. A part that was filled with zeros does not train any more.
+
+        Raises:
+            FileError, RankError: the file does not fit, and the message says why; nothing has changed.
+            ConvloraError: this adapter is merged.
+        """
+        from convlora.swap import swap
+
+        swap(self, source)
+
+    def weight_change(self, by: Literal["layer", "block"] = "layer") -> WeightChanges:
+        """‖ΔW‖/‖W₀‖ per layer or per block, in effective units; see `convlora.weight_change`."""
+        from convlora.analysis import weight_change
+
+        return weight_change(self, by)
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -289,6 +333,28 @@ class Adapter:
         if change is None:
             raise ConvloraError(f"the change of adapter {self.name!r} on {slot.parameter} was taken off by other code")
         return change
+
+    def _base_buffers(self) -> dict[str, Tensor]:
+        """The base's own values of the buffers in `record.buffers`."""
+        registry: _Registry = self.model.__dict__[_REGISTRY]
+        return registry.base_buffers[self.name]
+
+    def _warn_of_statistics(self) -> None:
+        registry: _Registry = self.model.__dict__[_REGISTRY]
+        now = dict(_running_statistics(self.model))
+        moved = [
+            name
+            for name, tensor in registry.statistics.get(self.name, {}).items()
+            if name in now and not torch.equal(now[name], tensor.to(now[name].device, now[name].dtype))
+        ]
+        if moved:
+            owners = list(dict.fromkeys(name.rpartition(".")[0] for name in moved))
+            warnings.warn(
+                f"running statistics of {', '.join(owners[:5])}{', …' if len(owners) > 5 else ''} moved while adapter "
+                f"{self.name!r} was on, and its file will not hold them: name these modules in train=, or keep them in "
+                "eval mode while you train",
+                stacklevel=3,
+            )
 
     def _changes(self) -> list[Change]:
         return [self._change(slot) for slot in self.record.slots(self.model).values()]
@@ -316,7 +382,7 @@ class Adapter:
         if restore:
             for name, tensor in registry.base_buffers[self.name].items():
                 _buffer(self.model, name).copy_(tensor)
-        del registry.records[self.name], registry.base_buffers[self.name]
+        del registry.records[self.name], registry.base_buffers[self.name], registry.statistics[self.name]
         if not registry.records:
             trainable = set(registry.trainable)
             for name, parameter in base_parameters(self.model):
@@ -324,8 +390,11 @@ class Adapter:
             del self.model.__dict__[_REGISTRY]
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], whose: str) -> None:
-    """Raise `FileError` unless `state` has exactly the keys and shapes of `own`."""
+    """Raise `FileError` unless `state` has exactly the keys and shapes of `own`, and values that can stand for them."""
     missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or unexpected:
         raise FileError(
@@ -337,6 +406,29 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], whose: s
                 f"{whose}: tensor {key!r} has shape {list(state[key].shape)} where {list(tensor.shape)} belongs; "
                 "nothing was loaded"
             )
+        fits = state[key].dtype in _FLOATS if tensor.is_floating_point() else state[key].dtype == tensor.dtype
+        if not fits:
+            wanted = "float16, bfloat16, float32 or float64" if tensor.is_floating_point() else str(tensor.dtype)[6:]
+            raise FileError(
+                f"{whose}: tensor {key!r} is {str(state[key].dtype)[6:]} where {wanted} belongs; nothing was loaded"
+            )
+    check_finite(state, f"{whose}: nothing was loaded")
+
+
+def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
+    """Raise `FileError` if a tensor holds NaN or an infinite value."""
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise FileError(f"{whose}; NaN or infinite values in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
+
+
+def _running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in base_modules(model):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for name in ("running_mean", "running_var"):
+                tensor = module._buffers.get(name)
+                if tensor is not None and not tensor.is_meta:
+                    yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def _buffer(model: nn.Module, name: str) -> Tensor:

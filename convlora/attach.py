@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from convlora.errors import ConvloraError
 from convlora.layers import LowRankForward, LowRankWeight, Slot, as_matrix, own_class
-from convlora.methods.change import Change, LowRankChange
+from convlora.methods.change import Change, LowRankChange, settled
 
 CONTAINER = "convlora"  # the submodule that holds a module's changes
 _MERGED = "_convlora_merged"  # in the owner's __dict__: what merging put aside, newest last
@@ -48,8 +48,9 @@ def attach(slot: Slot, adapter: str, change: Change, low_rank: LowRankForward | 
     if adapter in named:
         raise ConvloraError(f"{type(owner).__name__}.{parameter} already has a change named {adapter!r}")
     change.strength = change.strength.to(slot.tensor.device)
+    change.train(owner.training)
     named[adapter] = change
-    _set_class(owner, low_rank)
+    _set_class(owner, None if low_rank is None else (low_rank, parameter))
 
 
 def detach(slot: Slot, adapter: str) -> Change:
@@ -78,11 +79,12 @@ def merge(slot: Slot, adapter: str, keep: bool = True) -> None:
     """Replace the frozen tensor by the effective one of this change alone; `keep` remembers how to undo it."""
     owner, parameter = slot
     original = cast(nn.Parameter, slot.tensor)
-    low_rank = _low_rank_of(owner)
+    route = _route_of(owner)
+    low_rank = route[0] if route is not None and route[1] == parameter else None
     change = find_change(slot, adapter)
     assert change is not None
-    with torch.no_grad():
-        merged = _effective(original, [change])
+    with torch.no_grad(), settled(change):
+        merged = _effective(owner, original, [change])
     detach(slot, adapter)
     owner._parameters[parameter] = nn.Parameter(merged, requires_grad=original.requires_grad)
     if keep:
@@ -148,29 +150,29 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 # ---------------------------------------------------------------------------------------- the generated class
 
 
-def _set_class(owner: nn.Module, low_rank: LowRankForward | None) -> None:
+#: A low-rank forward and the parameter whose changes it computes with.
+_Route: TypeAlias = "tuple[LowRankForward, str]"
+
+
+def _set_class(owner: nn.Module, route: _Route | None) -> None:
     container = owner._modules.get(CONTAINER)
     if container is None:
         owner.__class__ = own_class(owner)
     else:
         parameters = tuple(cast(Changes, container))
-        owner.__class__ = _adapted_class(cast(Any, own_class(owner)), parameters, low_rank or _low_rank_of(owner))
+        owner.__class__ = _adapted_class(cast(Any, own_class(owner)), parameters, route or _route_of(owner))
 
 
-def _low_rank_of(owner: nn.Module) -> LowRankForward | None:
-    known = type(owner).__dict__.get("_convlora_low_rank")
-    return known.__func__ if isinstance(known, staticmethod) else None
+def _route_of(owner: nn.Module) -> _Route | None:
+    return cast("_Route | None", type(owner).__dict__.get("_convlora_route"))
 
 
 @functools.cache
-def _adapted_class(base: type[nn.Module], parameters: tuple[str, ...], low_rank: LowRankForward | None) -> type:
+def _adapted_class(base: type[nn.Module], parameters: tuple[str, ...], route: _Route | None) -> type:
     namespace: dict[str, Any] = {name: _weight_property(name) for name in parameters}
     namespace |= {"_convlora_base": base, "__reduce_ex__": _reduce, "__module__": base.__module__}
-    if low_rank is not None:
-        namespace |= {
-            "forward": _low_rank_dispatch(base, low_rank),
-            "_convlora_low_rank": staticmethod(low_rank),
-        }
+    if route is not None:
+        namespace |= {"forward": _low_rank_dispatch(base, *route), "_convlora_route": route}
     metaclass: Any = type(base)
     cls: type = metaclass(base.__name__, (base,), namespace)
     cls.__qualname__ = base.__qualname__
@@ -180,14 +182,14 @@ def _adapted_class(base: type[nn.Module], parameters: tuple[str, ...], low_rank:
 def _weight_property(parameter: str) -> property:
     def weight(self: nn.Module) -> Tensor:
         w0 = cast(Tensor, self._parameters[parameter])
-        return _effective(w0, [change for _, change in _changes(self, parameter) if change.enabled])
+        return _effective(self, w0, [change for _, change in _changes(self, parameter) if change.enabled])
 
     return property(weight)
 
 
-def _low_rank_dispatch(base: type[nn.Module], low_rank: LowRankForward) -> Callable[..., Any]:
+def _low_rank_dispatch(base: type[nn.Module], low_rank: LowRankForward, parameter: str) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weight = _low_rank_weight(self, "weight")
+        weight = _low_rank_weight(self, parameter)
         if weight is None:  # nothing low-rank is active: the module's own forward, with the property above
             return base.forward(self, *args, **kwargs)
         return low_rank(self, weight, *args, **kwargs)
@@ -201,18 +203,18 @@ def _changes(owner: nn.Module, parameter: str) -> list[tuple[str, Change]]:
     return [] if named is None else cast("list[tuple[str, Change]]", list(named._modules.items()))
 
 
-def _effective(w0: Tensor, changes: list[Change]) -> Tensor:
+def _effective(owner: nn.Module, w0: Tensor, changes: list[Change]) -> Tensor:
     """`w0 + Σ strength·ΔW`, summed in the changes' precision whatever autocast says, in w0's dtype."""
     if not changes:
         return w0
     if not w0.is_meta and torch.is_autocast_enabled(w0.device.type):
         with torch.autocast(w0.device.type, enabled=False):
-            return _effective_exact(w0, changes)
-    return _effective_exact(w0, changes)
+            return _effective_exact(owner, w0, changes)
+    return _effective_exact(owner, w0, changes)
 
 
-def _effective_exact(w0: Tensor, changes: list[Change]) -> Tensor:
-    matrix = as_matrix(w0)
+def _effective_exact(owner: nn.Module, w0: Tensor, changes: list[Change]) -> Tensor:
+    matrix = as_matrix(w0, owner)
     total = None
     for change in changes:
         delta = change.strength * change.delta(matrix)
@@ -230,29 +232,29 @@ def _low_rank_weight(owner: nn.Module, parameter: str) -> LowRankWeight | None:
     others = [change for change in changes if not isinstance(change, LowRankChange)]
     lefts, rights = [], []
     for change in low_rank:
-        left, right = change.factors(as_matrix(w0))
+        left, right = change.factors(as_matrix(w0, owner))
         lefts.append((change.strength * left).to(w0.dtype))
         rights.append(right.to(w0.dtype))
     if len(low_rank) == 1:
-        return LowRankWeight(_effective(w0, others), lefts[0], rights[0])
-    return LowRankWeight(_effective(w0, others), torch.cat(lefts, 1), torch.cat(rights, 0))
+        return LowRankWeight(_effective(owner, w0, others), lefts[0], rights[0])
+    return LowRankWeight(_effective(owner, w0, others), torch.cat(lefts, 1), torch.cat(rights, 0))
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     # The generated class cannot be found by name, so pickle (and deepcopy) the object as one of its own class,
     # in whatever way that class wants it, and give it the generated class again afterwards.
     cls = type(self)
-    low_rank = _low_rank_of(self)
+    route = _route_of(self)
     self.__class__ = own_class(self)
     try:
         build, args, *rest = cast(tuple[Any, ...], self.__reduce_ex__(protocol))
     finally:
         self.__class__ = cls
     parameters = tuple(name for name, value in cls.__dict__.items() if isinstance(value, property))
-    return (_rebuild, (build, args, parameters, low_rank), *rest)
+    return (_rebuild, (build, args, parameters, route), *rest)
 
 
-def _rebuild(build: Any, args: Any, parameters: tuple[str, ...], low_rank: LowRankForward | None) -> nn.Module:
+def _rebuild(build: Any, args: Any, parameters: tuple[str, ...], route: _Route | None) -> nn.Module:
     module: nn.Module = build(*args)
-    module.__class__ = _adapted_class(cast(Any, type(module)), parameters, low_rank)
+    module.__class__ = _adapted_class(cast(Any, type(module)), parameters, route)
     return module

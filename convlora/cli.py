@@ -1,26 +1,43 @@
-"""The `convlora` program. Each verb is a thin layer over the Python function of the same name."""
+"""The `convlora` program. Each verb is a thin layer over the Python function of the same name.
+
+Nothing heavy is imported before a verb runs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from convlora._version import __version__
+from convlora.cli_adapters import Output, add_verbs
 from convlora.errors import ConvloraError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    """Run the program; returns the exit status: 0, 2 for wrong input, 130 when interrupted.
+
+    With `--json`, standard output is one JSON object, `{"error": "…"}` if it is 2; all else goes to standard error.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in arguments
     try:
-        options.run(options)
-    except ConvloraError as error:
-        print(f"convlora: {error}", file=sys.stderr)
+        options = _parser(_JsonParser if as_json else argparse.ArgumentParser).parse_args(arguments)
+        # The user's own code may print while it makes the model.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            output: Output | None = options.run(options)
+        if output is not None:
+            print(json.dumps(output.data, ensure_ascii=False) if as_json else output.text)
+    except (ConvloraError, OSError) as error:
+        if as_json:
+            print(json.dumps({"error": str(error)}, ensure_ascii=False))
+        else:
+            print(f"convlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nconvlora: interrupted; the same command goes on from here", file=sys.stderr)
@@ -28,14 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convlora", description="Adapters for convolutional generators.")
+class _JsonParser(argparse.ArgumentParser):
+    """Wrong usage is an error like others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConvloraError(f"{message} ({self.format_usage().strip()})")
+
+
+def _parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = kind(prog="convlora", description="Adapters for convolutional generators.")
     parser.add_argument("--version", action="version", version=f"convlora {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    inspect = verbs.add_parser("inspect", help="what an adapter file holds")
-    inspect.add_argument("file", type=Path, metavar="FILE.safetensors")
-    inspect.set_defaults(run=_inspect)
+    add_verbs(verbs)
 
     eg3d = verbs.add_parser("eg3d", help="personal 3D generators").add_subparsers(required=True, metavar="VERB")
     demo = eg3d.add_parser("demo", help="an album of a procedural person becomes a personal 3D generator")
@@ -65,24 +87,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of every random draw (default 0)")
     parser.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from convlora import files
-
-    tensors, metadata = files.read(options.file)
-    record = files.record_of(options.file, metadata)
-    print(f"{options.file}: {record.method} adapter, {options.file.stat().st_size:,} bytes")
-    for key in sorted(set(metadata) - {"options", "ranks", "trained", "buffers", "format"}):
-        print(f"  {key}: {metadata[key]}")
-    print(f"  options: {json.dumps(record.options)}")
-    for layer, (rank, inner) in record.ranks.items():
-        shapes = {
-            key.rpartition("/")[2]: list(t.shape) for key, t in tensors.items() if key.rpartition("/")[0] == layer
-        }
-        print(f"  {layer}: rank {rank}" + (f" (inner {inner})" if inner != rank else "") + f" {shapes}")
-    for name in [*record.trained, *record.buffers]:
-        print(f"  {name}: in full {list(tensors[f'train/{name}'].shape)}")
 
 
 def _demo(options: argparse.Namespace) -> None:

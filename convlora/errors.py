@@ -21,3 +21,7 @@ class FileError(ConvloraError):
 
 class AlbumError(ConvloraError):
     """A folder of photos cannot be used: an image or its camera is missing or unreadable."""
+
+
+class HubError(ConvloraError):
+    """The Hub refused, cannot be reached, or does not hold what was asked for."""

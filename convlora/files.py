@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from convlora.record import Record
 
 FORMAT_VERSION = "1"
 _FIELDS = ("format", "format_version", "method", "options", "ranks", "trained", "buffers", "base_fingerprint")
+_OWN = {*_FIELDS, "strengths", "library_version", "created"}  # the rest is the user's
 
 
 @contextlib.contextmanager
@@ -61,35 +63,76 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file; `FileError` if it is missing, truncated or no such file."""
     path = Path(path)
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.safetensors"))
+        raise FileError(f"{path} is a folder; give a file, such as {path / (inside or ['adapter.safetensors'])[0]}")
     if not path.is_file():
         raise FileError(f"no such file: {path}")
     try:
+        wrong = _not_safetensors(path)
+        if wrong:
+            raise FileError(f"{path} {wrong}")
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise FileError(
             f"{path} cannot be read as safetensors ({error}); it may be truncated: copy or download it again"
         ) from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+_PICKLE = (
+    "is a pickle{}: opening it can run any code, and convlora never unpickles. Ask for the .safetensors, or, if you "
+    "trust its source, open it yourself with torch.load(path, weights_only=True) and save its tensors with safetensors"
+)
+
+
+def _not_safetensors(path: Path) -> str | None:
+    """What a file evidently is instead, from its first bytes and its size; None if it may be safetensors."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "is empty; copy or download it again"
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{":  # eight bytes of length, then JSON: nothing else begins so
+        if header <= size - 8:
+            return None
+        return f"announces a header of {header:,} bytes, but {size - 8:,} follow: it is truncated or damaged"
+    if start.startswith(b"PK\x03\x04"):
+        return _PICKLE.format(" in a zip archive, as torch.save writes it")
+    if start[0] == 0x80 and 1 < start[1] < 6:
+        return _PICKLE.format("")
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
+    if start.lstrip()[:1] == b"<":
+        return "is a web page, not an adapter: the download went wrong"
+    return None
 
 
 def metadata_of(record: Record, extra: Mapping[str, str]) -> dict[str, str]:
-    taken = sorted(set(extra) & {*_FIELDS, "strengths", "library_version", "created"})
+    taken = sorted(set(extra) & _OWN)
     if taken:
         raise FileError(f"metadata fields {taken} are written by convlora itself; choose other names")
     return {
         "format": "convlora",
         "format_version": FORMAT_VERSION,
         "method": record.method,
-        "options": json.dumps(record.options),
-        "ranks": json.dumps(record.ranks),
-        "trained": json.dumps(record.trained),
-        "buffers": json.dumps(record.buffers),
+        "options": _compact(record.options),
+        "ranks": _compact(record.ranks),
+        "trained": _compact(record.trained),
+        "buffers": _compact(record.buffers),
         "base_fingerprint": record.base_fingerprint,
-        **({"strengths": json.dumps(record.strengths)} if record.strengths else {}),
+        **({"strengths": _compact(record.strengths)} if record.strengths else {}),
         "library_version": __version__,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **{key: str(value) for key, value in extra.items()},
+        **record.told(extra),
     }
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))  # a rank-1 adapter is small enough for spaces to count
 
 
 def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") -> Record:
@@ -102,23 +145,54 @@ def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") ->
             f"{FORMAT_VERSION!r}: pip install --upgrade convlora"
         )
     try:
-        ranks = {layer: (int(nominal), int(inner)) for layer, (nominal, inner) in json.loads(metadata["ranks"]).items()}
-        trained = list(json.loads(metadata["trained"]))
-        strengths = {name: float(value) for name, value in json.loads(metadata.get("strengths", "{}")).items()}
+        ranks = {layer: _ranks_of(layer, pair) for layer, pair in _json(metadata, "ranks", dict).items()}
+        trained, buffers = _names(metadata, "trained"), _names(metadata, "buffers")
+        strengths = {name: float(value) for name, value in _json(metadata, "strengths", dict).items()}
         if foreign := sorted(set(strengths) - {*ranks, *trained}):
             raise ValueError(f"strengths for {foreign}, which the file does not hold")
+        options = _json(metadata, "options", dict)
+        if "path" not in options:
+            raise ValueError("options lack a path")
         return Record(
             name,
             metadata["method"],
             ranks,
-            dict(json.loads(metadata["options"])),
+            options,
             trained,
-            list(json.loads(metadata["buffers"])),
+            buffers,
             metadata["base_fingerprint"],
             strengths,
+            {key: value for key, value in metadata.items() if key not in _OWN},
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: damaged adapter metadata ({type(error).__name__}: {error})") from None
+
+
+def _json(metadata: Mapping[str, str], field: str, kind: type) -> Any:
+    """A JSON field of the metadata, of this type; NaN and Infinity, which are no JSON, are refused."""
+    text = metadata.get(field, "{}") if field == "strengths" else metadata[field]
+    value = json.loads(text, parse_constant=_no_constant)
+    if not isinstance(value, kind):
+        raise ValueError(f"{field} must be a JSON {'object' if kind is dict else 'list'}, not {text[:40]}")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _names(metadata: Mapping[str, str], field: str) -> list[str]:
+    names = _json(metadata, field, list)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"{field} must be a list of different names")
+    return list(names)
+
+
+def _ranks_of(layer: str, pair: Any) -> tuple[int, int]:
+    whole = isinstance(pair, list) and len(pair) == 2 and all(type(rank) is int and rank > 0 for rank in pair)
+    if not whole:
+        raise ValueError(f"the ranks of layer {layer!r} must be two whole numbers above 0, not {pair!r}")
+    return pair[0], pair[1]
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -127,4 +201,10 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ConvloraError(f"dtype must be float32, float16, bfloat16 or float64, not {dtype}")
-    return tensor.to(dtype)
+    smaller = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(smaller.isfinite(), tensor.isfinite()):
+        raise FileError(
+            f"a value of {float(tensor.abs().max()):.3g} does not fit in float16, which ends at 65,504; "
+            "save with dtype=torch.bfloat16, or keep float32"
+        )
+    return smaller

@@ -21,6 +21,9 @@ from convlora.targets import Patterns, resolve_ranks, select_buffers, select_lay
 
 Path = Literal["auto", "weight", "low_rank"]
 
+# Entries of `options` that tell how compose and extract arrived at an adapter; no option of a method.
+NOTES = ("composed", "truncation", "extracted")
+
 # Measured by benchmarks/step.py: from 128 × 128 × 3 × 3 on, the low-rank path is the faster one; below, its small
 # operations cost more than the weight gradient they save.
 LOW_RANK_FROM = 1 << 17
@@ -105,14 +108,14 @@ def inject(
     layers = {
         layer: slot
         for layer, slot in select_layers(model, targets, exclude).items()
-        if id(slot.tensor) not in tensors and not cls.skips(tuple(slot.tensor.shape), options)
+        if id(slot.tensor) not in tensors and not cls.skips(slot.shape, options)
     }
     resolved = resolve_ranks(
         layers,
         cls.default_rank if rank is None else rank,
         ranks,
         rank_per,
-        {layer: cls.rank_limit(tuple(slot.tensor.shape), options) for layer, slot in layers.items()},
+        {layer: cls.rank_limit(slot.shape, options) for layer, slot in layers.items()},
     )
     alphas = {layer: _alpha_of(layer, alpha) for layer in resolved}
     options |= {"alpha": alphas if isinstance(alpha, Mapping) else alpha, "rank_per": rank_per, "path": path}
@@ -130,34 +133,41 @@ def method_class(method: str) -> type[Change]:
 def build(model: nn.Module, record: Record) -> tuple[dict[str, Change], dict[str, Full]]:
     """The changes that a record describes, freshly initialised and not yet attached."""
     cls = method_class(record.method)
-    options = {key: value for key, value in record.options.items() if key not in ("alpha", "rank_per", "path")}
+    options = {key: value for key, value in record.options.items() if key not in ("alpha", "rank_per", "path", *NOTES)}
     _check_options(record.method, cls, options)
     changes: dict[str, Change] = {}
     for layer, (rank, inner) in record.ranks.items():
-        weight = record.slot(model, layer).tensor.detach()
+        slot = record.slot(model, layer)
         own = dict(options)
         if inner != rank:
             own["inner"] = inner
         if (alpha := _alpha_of(layer, record.options.get("alpha"))) is not None:
             own["alpha"] = alpha
-        changes[layer] = cls(as_matrix(weight), rank, shape=tuple(weight.shape), **own)  # type: ignore[call-arg]
+        w0 = as_matrix(slot.tensor.detach(), slot.owner)
+        changes[layer] = cls(w0, rank, shape=slot.shape, **own)  # type: ignore[call-arg]
     trained = {name: Full(record.parameter_slot(model, name).tensor) for name in record.trained}
     return changes, trained
 
 
 def _check_options(method: str, cls: type[Change], options: Mapping[str, Any]) -> None:
-    known = [key for key in inspect.signature(cls).parameters if key not in ("w0", "rank", "shape")]
+    parameters = inspect.signature(cls).parameters.values()
+    known = {p.name: p.default for p in parameters if p.name not in ("w0", "rank", "shape")}
     for key in options:
         if key not in known:
             asked = 'rank_per="kernel"' if key == "inner" else f"option {key!r}"
             has = ", ".join(k for k in known if k != "inner") or "none"
             raise ConvloraError(f"method {method!r} has no {asked}; its options: {has}")
+        kind = type(known[key])
+        wanted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+        fits = isinstance(options[key], wanted) and (kind is bool or not isinstance(options[key], bool))
+        if kind in (bool, int, float, str) and key not in ("inner", "alpha") and not fits:
+            raise ConvloraError(f"method {method!r}: option {key} must be {kind.__name__}, not {options[key]!r}")
 
 
 def _inject_bias_only(model: nn.Module, name: str) -> Adapter:
     check_name(model, name)
     trained = select_parameters(model, re.compile(r"(^|\.)bias$"))
-    record = Record(name, "full", {}, {"path": "weight"}, list(trained), [], fingerprint(model))
+    record = Record(name, "full", {}, {"rank_per": "matrix", "path": "weight"}, list(trained), [], fingerprint(model))
     return install(model, record, *build(model, record))
 
 
@@ -169,17 +179,20 @@ def install(model: nn.Module, record: Record, changes: dict[str, Change], traine
     if path not in ("auto", "weight", "low_rank"):
         raise ConvloraError(f'path must be "auto", "weight" or "low_rank", not {path!r}')
     forwards = {layer: _forward_for(model, layer, change, path) for layer, change in changes.items()}
-    slots = {layer: record.slot(model, layer) for layer in changes}
-    for layer, slot in slots.items():
+    slots = record.slots(model)
+    held: dict[tuple[int, str], str] = {}
+    for name, slot in slots.items():
         if find_change(slot, record.name) is not None:
-            raise ConvloraError(f"layer {layer!r} already has a change named {record.name!r}; pass another name=")
+            raise ConvloraError(f"layer {name!r} already has a change named {record.name!r}; pass another name=")
+        if (other := held.setdefault((id(slot.owner), slot.parameter), name)) != name:
+            raise ConvloraError(f"{other!r} and {name!r} are the same tensor; an adapter can change it once")
     adapter = register(model, record)
     for name, strength in record.strengths.items():
         (changes.get(name) or trained[name]).strength.fill_(strength)
     for layer, change in changes.items():
         attach(slots[layer], record.name, change, forwards[layer])
     for parameter, full in trained.items():
-        attach(record.parameter_slot(model, parameter), record.name, full)
+        attach(slots[f"train/{parameter}"], record.name, full)
     for _, tensor in base_parameters(model):
         tensor.requires_grad_(False)
     return adapter

@@ -2,13 +2,14 @@
 
 This is the only place that knows layer kinds. Other packages add theirs with `register_layer`; the matrix
 view is the same for all: `weight.flatten(1)`, which is im2col `out × in/groups·kh·kw` for convolutions and
-`in × out/groups·kh·kw` for transposed ones, as torch stores them.
+`in × out/groups·kh·kw` for transposed ones, as torch stores them. A raw modulated weight `(1, out, in, kh, kw)`,
+which carries its batch dimension with it, is seen as `(out, in, kh, kw)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,12 @@ class Slot(NamedTuple):
         tensor = self.owner._parameters[self.parameter]
         assert tensor is not None  # find_slot only returns slots that hold a tensor
         return tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's `(out, in, *kernel)`; a batch dimension in front does not count."""
+        tensor = self.tensor
+        return tuple(tensor.shape[1:] if _has_batch_dimension(tensor, self.owner) else tensor.shape)
 
 
 class LowRankWeight(NamedTuple):
@@ -87,14 +94,29 @@ def register_layer(
     _REGISTERED.insert(0, LayerKind(matches, parameter, low_rank))
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """The matrix view `(out, cols)` of a weight in any memory format; vectors and scalars become one row."""
-    return weight.flatten(1) if weight.ndim >= 2 else weight.reshape(1, -1)
+def as_matrix(weight: Tensor, owner: nn.Module | None = None) -> Tensor:
+    """The matrix view `(out, cols)` of a weight in any memory format; vectors and scalars become one row.
+
+    `owner` is the module that holds the weight: it tells `(1, out, in, k, k)` from a 3-D convolution's weight.
+    """
+    if weight.ndim < 2:
+        return weight.reshape(1, -1)
+    return weight.flatten(0, 1).flatten(1) if _has_batch_dimension(weight, owner) else weight.flatten(1)
 
 
-def kernel_side(weight: Tensor) -> int:
-    """The kernel side k of a convolution weight; 1 for a linear layer."""
-    return max(weight.shape[2:], default=1)
+def kernel_side(shape: tuple[int, ...]) -> int:
+    """The kernel side k of a convolution weight `(out, in, *kernel)`; 1 for a linear layer."""
+    return max(shape[2:], default=1)
+
+
+def _has_batch_dimension(weight: Tensor, owner: nn.Module | None) -> bool:
+    # Some ports of StyleGAN2 store (1, out, in, k, k), to be multiplied by styles (batch, 1, in, 1, 1). Flattened
+    # from dimension 1, that is a single row, on which "rank 1" is any ΔW at all. A 3-D convolution to one channel,
+    # (1, in, k, k, k), looks much the same: torch's own say so by their class, raw ones by their cubic kernel.
+    if weight.ndim != 5 or weight.shape[0] != 1 or owner is None:
+        return False
+    known = isinstance(owner, (nn.Conv3d, nn.ConvTranspose3d, parametrize.ParametrizationList))
+    return not known and weight.shape[2] != weight.shape[3]
 
 
 def find_slot(module: nn.Module) -> Slot | None:
@@ -109,7 +131,7 @@ def find_slot(module: nn.Module) -> Slot | None:
     if isinstance(module, (*_NOT_LAYERS, torch.jit.ScriptModule)):
         return None
     if parametrize.is_parametrized(module, "weight"):
-        return _slot_below(module.parametrizations["weight"], module.weight)  # type: ignore[index, arg-type]
+        return _slot_below(module)
     for parameter in (
         "weight",
         "weight_v",
@@ -156,11 +178,18 @@ def _slot(owner: nn.Module, parameter: str) -> Slot | None:
     return Slot(owner, parameter) if tensor.ndim >= 2 and tensor.is_floating_point() else None
 
 
-def _slot_below(originals: nn.Module, weight: Tensor) -> Slot | None:
+def _slot_below(module: nn.Module) -> Slot | None:
+    originals: nn.Module = module.parametrizations["weight"]  # type: ignore[index, assignment]
+    training = [(part, part.training) for part in originals.modules()]
+    originals.eval()  # in training, looking at a spectral_norm's weight advances its power iteration
+    try:
+        with torch.no_grad():
+            shape = cast(Tensor, module.weight).shape
+    finally:
+        for part, was in training:
+            part.training = was
     # weight_norm keeps (g, v) as original0, original1; the direction v is the one of the weight's own shape.
-    names = [
-        name for name, tensor in originals._parameters.items() if tensor is not None and tensor.shape == weight.shape
-    ]
+    names = [name for name, tensor in originals._parameters.items() if tensor is not None and tensor.shape == shape]
     return _slot(originals, names[-1]) if names else None
 
 

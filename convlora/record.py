@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,15 @@ class Record:
     base_fingerprint: str
     #: {module or parameter name: strength} of a saved adapter where it is not 1; on a model, the changes hold it.
     strengths: dict[str, float] = field(default_factory=dict)
+    #: Text fields (`base_model`, `person`, `consent`, …) that it was loaded or saved with; every file gets them.
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def told(self, more: Mapping[str, str]) -> dict[str, str]:
+        """`metadata` with more fields; one person's consent is never taken for that of another."""
+        kept = dict(self.metadata)
+        if more.get("person", kept.get("person")) != kept.get("person"):
+            kept.pop("consent", None)
+        return {**kept, **{key: str(value) for key, value in more.items()}}
 
     def slot(self, model: nn.Module, layer: str) -> Slot:
         slot = find_slot(model.get_submodule(layer))
@@ -33,7 +43,10 @@ class Record:
 
     def parameter_slot(self, model: nn.Module, parameter: str) -> Slot:
         owner, _, name = parameter.rpartition(".")
-        return Slot(model.get_submodule(owner), name)
+        slot = Slot(model.get_submodule(owner), name)
+        if slot.owner._parameters.get(name) is None:
+            raise ConvloraError(f"the model has no parameter {parameter!r}")
+        return slot
 
     def slots(self, model: nn.Module) -> dict[str, Slot]:
         """Every slot this adapter acts on, by its name in files: `<module>` or `train/<parameter>`."""

@@ -46,7 +46,7 @@ def adaptable(
     rows = []
     for name, slot in select_layers(model, targets, exclude).items():
         module, weight = model.get_submodule(name), slot.tensor
-        out, cols = as_matrix(weight).shape
+        out, cols = as_matrix(weight, slot.owner).shape
         low_rank = low_rank_forward(module) is not None
         rows.append(AdaptableLayer(name, type(module).__name__, tuple(weight.shape), (out, cols), low_rank))
     return rows
@@ -143,13 +143,13 @@ def resolve_ranks(
         if nominal < 1:
             raise RankError(f"layer {name!r}: rank {nominal} is below 1 (ranks={{glob: 0}} skips a layer)")
         if rank_per == "matrix" and nominal > limits[name]:
-            out, cols = as_matrix(slot.tensor).shape
+            out, cols = as_matrix(slot.tensor, slot.owner).shape
             raise RankError(
                 f"layer {name!r}: rank {nominal} is above {limits[name]}, the most its {out} × {cols} matrix can "
                 f"have; lower rank=, or give this layer its own with ranks={{{name!r}: {limits[name]}}}"
             )
         # My3DGen's code counts rank per kernel row and lets it exceed small layers; "kernel" reproduces that.
-        resolved[name] = (nominal, nominal * (kernel_side(slot.tensor) if rank_per == "kernel" else 1))
+        resolved[name] = (nominal, nominal * (kernel_side(slot.shape) if rank_per == "kernel" else 1))
     return resolved
 
 

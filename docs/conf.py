@@ -18,7 +18,7 @@ copyright = "The convlora authors. Apache License 2.0"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_autodoc_typehints"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "methods_table.md"]  # the table is a part of methods.md
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 

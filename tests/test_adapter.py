@@ -159,16 +159,15 @@ def test_batchnorm_statistics_of_trained_modules_belong_to_the_adapter(tmp_path,
     net = dcgan()
     y0 = net.eval()(Z)
     adapter = convlora.inject_lora(net, rank=1, train=["1"])
-    frozen = net[4].running_mean.clone()
-    net.train()(Z)
+    net.train()
+    net[4].eval()
+    net(Z)
     net.eval()
     randomize(adapter)
     y1 = net(Z)
     adapter.save(tmp_path / "a.safetensors")
     with adapter.disabled():
-        net[4].running_mean.copy_(frozen), net[4].running_var.fill_(1)
         assert torch.equal(net(Z), y0)
-    y1 = net(Z)
     fresh = dcgan().eval()
     convlora.load_adapter(fresh, tmp_path / "a.safetensors")
     assert torch.equal(fresh(Z), y1)
@@ -341,3 +340,51 @@ def test_relative_scale_makes_updates_alike_for_small_and_large_weights():
                 p.copy_(torch.randn_like(p) * (0.01 if name == "/B" else 1))
         ratios.append(float(adapter.delta("").detach().norm() / conv._parameters["weight"].norm()))
     assert ratios[0] == pytest.approx(ratios[1], rel=0.05)
+
+
+def test_dropout_takes_no_part_in_merging_nor_in_delta(randomize):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).double().eval()
+    adapter = convlora.inject(net, "lora", rank=2, dropout=0.5)
+    assert not adapter.layers["0"].training, "a change takes the mode of its model"
+    randomize(adapter)
+    x = torch.randn(2, 3, 6, 6).double()
+    expected, delta = net(x), adapter.delta("0")
+    net.train()
+    torch.testing.assert_close(adapter.delta("0"), delta)
+    assert not torch.equal(net(x), expected), "in training there is dropout"
+    assert adapter.layers["0"].training
+    adapter.merge()
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-9)
+
+
+def test_looking_at_a_spectral_norm_in_training_does_not_advance_it():
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    convlora.adaptable(net)
+    adapter = convlora.inject_lora(net)
+    adapter.remove()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net[0].parametrizations.training
+
+
+def test_biases_and_affines_have_presets_and_reload(tmp_path):
+    def build():
+        torch.manual_seed(3)
+        net = nn.ModuleDict({"affine": nn.Linear(3, 4), "conv": nn.Conv2d(4, 4, 1)})
+        return net
+
+    net = build()
+    biases = convlora.inject(net, "bias_only", name="biases")
+    assert sorted(biases.trained) == ["affine.bias", "conv.bias"] and not biases.layers
+    affine = convlora.inject(net, "affine_only", name="affines")
+    assert list(affine.layers) == ["affine"] and affine.method == "full" and affine.num_parameters == 12
+    with torch.no_grad():
+        for adapter in (biases, affine):
+            for parameter in adapter.parameters():
+                parameter.add_(1)
+    fresh = build()
+    for adapter in (biases, affine):
+        adapter.save(tmp_path / f"{adapter.name}.safetensors")
+        convlora.load_adapter(fresh, tmp_path / f"{adapter.name}.safetensors", name=adapter.name)
+    for layer, tensor in (("conv", "bias"), ("affine", "bias"), ("affine", "weight")):
+        assert torch.equal(getattr(fresh[layer], tensor), getattr(net[layer], tensor))

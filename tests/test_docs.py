@@ -55,7 +55,9 @@ def test_every_method_of_the_handle_has_a_docstring(method):
     assert described or method in ("method", "options", "merged", "enabled", "record")
 
 
-@pytest.mark.parametrize("verb", ["inspect", "eg3d demo", "eg3d personalize"])
+@pytest.mark.parametrize(
+    "verb", [*"info inspect merge convert compare extract push pull".split(), "eg3d demo", "eg3d personalize"]
+)
 def test_every_verb_is_documented_and_has_help(verb, capsys):
     assert f"convlora {verb}" in PAGES or f"{verb.split()[-1]}" in PAGES
     with pytest.raises(SystemExit, match="0"):

@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import convlora
@@ -63,71 +62,6 @@ def test_smaller_precisions(saved, tmp_path, dtype):
     torch.testing.assert_close(fresh(X), y, rtol=0.05, atol=0.05)
     with pytest.raises(convlora.ConvloraError, match="dtype must be"):
         adapter.save(tmp_path / "int.safetensors", dtype=torch.int8)
-
-
-def changed(path, **metadata):
-    with safe_open(path, "pt") as file:
-        tensors, old = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
-    target = path.with_name("changed.safetensors")
-    save_file(tensors, target, {**old, **metadata})
-    return target
-
-
-def drop(path, key):
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {k: file.get_tensor(k) for k in file.keys() if k != key}, file.metadata()
-    tensors["typo/A"] = torch.zeros(2, 27)
-    target = path.with_name("dropped.safetensors")
-    save_file(tensors, target, metadata)
-    return target
-
-
-def reshape(path):
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
-    tensors["0/A"] = torch.zeros(3, 27)
-    save_file(tensors, target := path.with_name("reshaped.safetensors"), metadata)
-    return target
-
-
-def truncate(path):
-    (target := path.with_name("cut.safetensors")).write_bytes(path.read_bytes()[:-100])
-    return target
-
-
-def plain(path):
-    save_file({"a": torch.zeros(1)}, target := path.with_name("plain.safetensors"))
-    return target
-
-
-NO_SUCH_OPTION = '{"alpha": null, "rank_per": "matrix", "path": "auto", "zap": 1}'
-TWO_WRONG_KEYS = r"missing tensors \['0/A'\], unexpected tensors \['typo/A'\]"
-WRONG = {
-    "missing": (lambda path: path.with_name("nowhere.safetensors"), "no such file"),
-    "truncated": (truncate, "may be truncated"),
-    "not an adapter": (plain, "is no convlora adapter"),
-    "newer format": (lambda p: changed(p, format_version="99"), "format version '99'.*pip install --upgrade"),
-    "unknown method": (lambda p: changed(p, method="magic"), "unknown method 'magic'"),
-    "damaged metadata": (lambda p: changed(p, ranks="[1"), "damaged adapter metadata"),
-    "unknown option": (lambda p: changed(p, options=NO_SUCH_OPTION), "does not fit"),
-    "a layer the base lacks": (lambda p: changed(p, ranks='{"9": [1, 1]}'), "does not fit this Sequential"),
-    "missing and unexpected tensors": (lambda p: drop(p, "0/A"), TWO_WRONG_KEYS),
-    "wrong shape": (reshape, r"'0/A' has shape \[3, 27\] where \[2, 27\] belongs"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_bad_file_is_refused_and_the_model_untouched(saved, case):
-    _, path = saved
-    spoil, message = WRONG[case]
-    bad, net = spoil(path), make()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(FileError, match=message):
-        convlora.load_adapter(net, bad)
-    assert list(net.state_dict()) == list(before) and all(
-        torch.equal(v, before[k]) for k, v in net.state_dict().items()
-    )
-    assert convlora.Adapter.names(net) == [] and all(p.requires_grad for p in net.parameters())
 
 
 def test_an_adapter_of_another_base_is_refused_unless_asked(saved):

@@ -8,12 +8,15 @@ a kernel's positions or input channels apart, and every further keyword is an op
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from convlora.errors import ConvloraError
 
 
 class Change(nn.Module):
@@ -70,6 +73,23 @@ class LowRankChange(Change):
         return left @ right
 
 
+@contextlib.contextmanager
+def settled(change: Change) -> Iterator[None]:
+    """Inside, the change is what it is outside training: without dropout."""
+    training = change.training
+    change.eval()
+    try:
+        yield
+    finally:
+        change.train(training)
+
+
 def factor_dtype(w0: Tensor) -> torch.dtype:
     """Trainable factors of a half-precision weight stay in float32: Adam's small steps vanish in 8 or 11 bits."""
     return w0.dtype if w0.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise `ConvloraError` unless the option is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConvloraError(f"{name} must be a whole number of at least {least}, not {value!r}")

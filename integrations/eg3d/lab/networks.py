@@ -52,7 +52,7 @@ class PerceptualNet(nn.Module):
         self.mix = nn.Linear(head + 12, head)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The activations of every stage, finest first: (N, width, R / 2**stage, R / 2**stage)."""
+        """The activations of every stage, finest first: `(N, width, R / 2^stage, R / 2^stage)`."""
         x, out = images, []
         for index, stage in enumerate(self.stages):
             x = stage(F.avg_pool2d(x, 2) if index else x)
