@@ -16,7 +16,7 @@ from convlora.integrations.eg3d.run_folder import RunFolder
 
 #: What suits the lab's small prior: its encoder starts inversion close, so few steps are enough.
 LAB_SETTINGS = Settings(
-    anchor_steps=25, anchor_lr=0.05, steps=110, batch_size=4, lr=0.008, lr_full=0.003, compare_full=True
+    anchor_steps=25, anchor_lr=0.05, steps=120, batch_size=4, lr=0.004, lr_full=0.0015, views=8, compare_full=True
 )
 
 

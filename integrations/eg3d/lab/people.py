@@ -69,9 +69,9 @@ PERSON_A = Person(
     "Person A",
     EVAL_SEEDS + 10,
     {
-        "birthmark_x": 0.80, "birthmark_y": 0.0, "birthmark_size": 0.7, "birthmark_darkness": 0.8,
-        "eye_asymmetry": 0.6, "mouth_asymmetry": 0.7, "long_nose": 0.5, "long_chin": 0.4,
-        "unibrow": 0.5, "heavy_brow": 0.6,
+        "birthmark_x": 0.80, "birthmark_y": 0.0, "birthmark_size": 0.8, "birthmark_darkness": 0.95,
+        "eye_asymmetry": 0.8, "mouth_asymmetry": 0.8, "long_nose": 0.8, "long_chin": 0.9,
+        "unibrow": 0.8, "heavy_brow": 0.9, "streak": 0.9,
     },
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import cameras
-from . import world
+from . import networks, world
 from ._training import angles, curve, orbit, write_provenance
 from .networks import IdentityEncoder, PerceptualNet, save
 
@@ -64,16 +64,24 @@ class Photos:
         return replace(self, params=self.params * sign, angles=turned, labels=cameras.label(orbit(*turned.unbind(1))))
 
 
-def plan(first_seed: int, people: int, each: int, plain: float = 0.4) -> dict[str, Tensor]:
-    """Who is drawn how: `each` photos of every person, in an order where people mix; a share has no rare traits."""
+def plan(first_seed: int, people: int, each: int, plain: float = 0.4, alike: bool = False) -> dict[str, Tensor]:
+    """Who is drawn how: `each` photos of every person, in an order where people mix; a share has no rare traits.
+
+    `alike`: people 2k and 2k + 1 have the same identity parameters, and the second has a rare trait of its own.
+    """
     seeds = list(range(first_seed, first_seed + people))
     generator = torch.Generator().manual_seed(first_seed + 1)
     total = people * each
-    identity = world.sample_identity(seeds).repeat(each, 1)
+    faces = [seed - (seed - first_seed) % 2 for seed in seeds] if alike else seeds
+    identity = world.sample_identity(faces).repeat(each, 1)
     nuisance = world.sample_nuisance(list(range(first_seed + people, first_seed + people + total)))
     lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
     marked = (torch.rand(people, 1, generator=generator) >= plain).float()
-    traits = (world.sample_traits(seeds) * marked).repeat(each, 1)
+    own = world.sample_traits(seeds) * marked
+    if alike:
+        marks = world.sample_traits(list(range(first_seed, first_seed + 12 * people))) * lasting
+        own[1::2] = marks[marks.ne(0).any(1)][: len(own[1::2])]
+    traits = own.repeat(each, 1)
     passing = world.sample_traits(list(range(first_seed + people, first_seed + people + total)))
     traits = torch.where(lasting, traits, passing)
     yaw, pitch = angles(total, generator)
@@ -85,10 +93,10 @@ def plan(first_seed: int, people: int, each: int, plain: float = 0.4) -> dict[st
     }
 
 
-def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int) -> None:
+def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int, alike: bool = False) -> None:
     """Draw a plan into `folder`, from where it was left; progress is in the file `drawn`."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = plan(first_seed, people, each)
+    facts = plan(first_seed, people, each, alike=alike)
     total = len(facts["person"])
     arrays: dict[str, Any] = {name: value.numpy() for name, value in facts.items()}
     np.savez(folder / "facts.npz", **arrays)
@@ -190,12 +198,16 @@ def measure_perceptual(net: PerceptualNet, held: Photos) -> dict[str, Any]:
 
 
 def pairs(photos: Photos, count: int, rng: torch.Generator) -> Tensor:
-    """Indices (2 count,) of two different photos of each of `count` people: all first ones, then all second ones."""
+    """Indices (2 count,) of two different photos of each of `count` people: all first ones, then all second ones.
+
+    Neighbours 2k and 2k + 1 come together, so that people who are alike (see `plan`) have to be told apart.
+    """
     people = int(photos.person.max()) + 1
     each = photos.ready() // people
-    person = torch.randperm(people, generator=rng)[:count]
-    first = torch.randint(each, (count,), generator=rng)
-    second = (first + 1 + torch.randint(each - 1, (count,), generator=rng)) % each
+    couple = 2 * torch.randperm(people // 2, generator=rng)[: count // 2]
+    person = torch.cat([couple, couple + 1])
+    first = torch.randint(each, (len(person),), generator=rng)
+    second = (first + 1 + torch.randint(each - 1, (len(person),), generator=rng)) % each
     return torch.cat([person + people * first, person + people * second])
 
 
@@ -207,18 +219,23 @@ def contrast(units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
 
 
-def train_identity(photos: Photos, held: Photos, minutes: float, seed: int, out: Path) -> dict[str, Any]:
+def train_identity(
+    photos: Photos, held: Photos, minutes: float, seed: int, out: Path, start: IdentityEncoder | None = None
+) -> dict[str, Any]:
     """Contrast between people, plus regression of what makes a person: identity parameters and lasting traits."""
+    alike = open_photos(held.folder.parent / "alike")
     lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
     facts = torch.cat([photos.params[:, : world.IDENTITY_DIM], photos.traits[:, lasting]], 1)
-    net = IdentityEncoder(facts.shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=2e-3)
+    net = IdentityEncoder(facts.shape[1]) if start is None else start.requires_grad_(True).train()
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rate = 2e-3 if start is None else 1e-3
+    optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=2e-3)
     rng, step = torch.Generator().manual_seed(seed), 0
     for fraction, _, bar in steps_of(photos, 1, minutes, "identity", rng):
         index = pairs(photos, 64, rng)
         images = vary(F.avg_pool2d(photos.batch(index), 2), 0.5)
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * curve(fraction)
+            group["lr"] = rate * curve(fraction)
         with torch.autocast("cpu", torch.bfloat16):
             units, factors = net.describe(images.contiguous(memory_format=torch.channels_last))
         regression = F.mse_loss(factors.float(), facts[index])
@@ -234,35 +251,54 @@ def train_identity(photos: Photos, held: Photos, minutes: float, seed: int, out:
                 step=step, loss=f"{loss.item():.2f}", hits=f"{hits.item():.2f}", mse=f"{regression.item():.3f}"
             )
         if step % 500 == 0:
-            tqdm.write(json.dumps({"step": step, **measure_identity(net, held)}))
+            tqdm.write(json.dumps({"step": step, **measure_identity(net, held, alike)}))
             net.train()
     save(net.eval(), out / "identity.safetensors")
-    return {"steps": step, "people": int(photos.person.max()) + 1, **measure_identity(net, held)}
+    return {"steps": step, "people": int(photos.person.max()) + 1, **measure_identity(net, held, alike)}
 
 
 @torch.no_grad()
-def measure_identity(net: IdentityEncoder, held: Photos) -> dict[str, Any]:
-    """Verification on unseen people: area under the ROC curve over all pairs, and cosines of both kinds."""
+def measure_identity(net: IdentityEncoder, held: Photos, alike: Photos) -> dict[str, Any]:
+    """Verification on unseen people: area under the ROC curve over all pairs, and cosines of both kinds.
+
+    `alike_auc`: the same where every other pair is of two people whose rare traits alone differ.
+    """
     net.eval()
-    count = held.ready()
-    units = torch.cat([net(held.batch(i)) for i in torch.arange(count).split(100)])
-    cosines, person = units @ units.T, held.person[:count]
-    upper = torch.ones_like(cosines, dtype=torch.bool).triu(1)
+    cosines, person, upper = compare(net, held)
     same = (person[:, None] == person) & upper
     equal, other = cosines[same], cosines[upper & ~same]
-    order = torch.cat([equal, other]).argsort().argsort().double()
-    ranks = order[: len(equal)].sum() - len(equal) * (len(equal) - 1) / 2
+    close, who, above = compare(net, alike)
+    own = (who[:, None] == who) & above
+    couple = (who[:, None] // 2 == who // 2) & above & ~own
     return {
         "held_out_people": int(person.max()) + 1,
-        "held_out_photos": count,
+        "held_out_photos": len(person),
         "pairs_same": len(equal),
         "pairs_different": len(other),
-        "verification_auc": round((ranks / (len(equal) * len(other))).item(), 5),
+        "verification_auc": round(roc_area(equal, other), 5),
         "cosine_same_mean": round(equal.mean().item(), 4),
         "cosine_same_p05": round(equal.quantile(0.05).item(), 4),
         "cosine_different_mean": round(other.mean().item(), 4),
         "cosine_different_p95": round(other.quantile(0.95).item() if len(other) < 10**7 else float("nan"), 4),
+        "alike_people": int(who.max()) + 1,
+        "alike_auc": round(roc_area(close[own], close[couple]), 5),
+        "cosine_alike_mean": round(close[couple].mean().item(), 4),
     }
+
+
+def compare(net: IdentityEncoder, photos: Photos) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines (n, n) of all photos, whom each shows (n,), and which entries count every pair once (n, n)."""
+    count = photos.ready()
+    units = torch.cat([net(photos.batch(i)) for i in torch.arange(count).split(100)])
+    cosines = units @ units.T
+    return cosines, photos.person[:count], torch.ones_like(cosines, dtype=torch.bool).triu(1)
+
+
+def roc_area(equal: Tensor, other: Tensor) -> float:
+    """How often a cosine of one person is above one of two people."""
+    order = torch.cat([equal, other]).argsort().argsort().double()
+    ranks = order[: len(equal)].sum() - len(equal) * (len(equal) - 1) / 2
+    return (ranks / (len(equal) * len(other))).item()
 
 
 def main() -> None:
@@ -276,20 +312,28 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="identity: begin with the shipped weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     if options.what == "photos":
         draw(options.folder / "held", VALIDATION_SEED, 200, 8, options.supersample)
-        draw(options.folder / "train", 0, options.people, options.each, options.supersample)
+        draw(options.folder / "alike", VALIDATION_SEED + 20_000, 200, 8, options.supersample, alike=True)
+        draw(options.folder / "train", 0, options.people, options.each, options.supersample, alike=True)
         return
-    train = {"perceptual": train_perceptual, "identity": train_identity}[options.what]
     options.out.mkdir(parents=True, exist_ok=True)
     photos, held = open_photos(options.folder / "train"), open_photos(options.folder / "held")
-    facts = train(photos, held, options.minutes, options.seed, options.out)
+    if options.what == "identity":
+        begin = networks.load("identity") if options.resume else None
+        assert begin is None or isinstance(begin, IdentityEncoder)
+        facts = train_identity(photos, held, options.minutes, options.seed, options.out, begin)
+    else:
+        facts = train_perceptual(photos, held, options.minutes, options.seed, options.out)
     command = (
         f"python -m convlora.integrations.eg3d.lab.train_networks {options.what} "
         f"--minutes {options.minutes:g} --seed {options.seed} --threads {options.threads}"
+        + " --resume"
+        * options.resume
     )
     write_provenance(
         options.out / f"{options.what}.json",
