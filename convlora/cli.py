@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"convlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nconvlora: interrupted; the same command goes on from here", file=sys.stderr)
+        resumes = arguments[:1] == ["eg3d"]  # a run folder; the other verbs write one file at the end, or nothing
+        more = "the same command goes on from here" if resumes else "nothing was written"
+        print(f"\nconvlora: interrupted; {more}", file=sys.stderr)
         return 130
     return 0
 

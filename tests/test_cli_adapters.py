@@ -351,3 +351,19 @@ def test_the_parser_needs_neither_torch_nor_a_verbs_imports():
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--to {convlora,peft,kohya,diffusers}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["info", "lab"], "nothing was written"), (["eg3d", "demo"], "the same command goes on from here")],
+)
+def test_ctrl_c_says_what_became_of_the_work(arguments, said, monkeypatch, capsys):
+    from convlora import cli, cli_adapters
+
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_adapters, "_info", interrupted)
+    monkeypatch.setattr(cli, "_demo", interrupted)
+    assert cli.main(arguments) == 130
+    assert said in capsys.readouterr().err

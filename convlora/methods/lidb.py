@@ -71,7 +71,7 @@ class LiDB(LowRankChange):
         return self.A_aux @ self.A_train, self.scale * (self.B_train @ self.B_aux)
 
 
-@functools.lru_cache(maxsize=8)  # of a generator's layers, most share a few sizes
+@functools.lru_cache(maxsize=16)  # the layers of EG3D ask for 15 different ones
 def frame(seed: int, stream: int, n: int, k: int) -> NDArray[np.float64]:
     """k ≤ n orthonormal columns `(n, k)`, read-only; every (seed, stream) gives others."""
     random = np.random.PCG64([seed, stream])
