@@ -142,12 +142,7 @@ def compose(
     # From here on nothing can be refused: first the sources off, so that the new adapter finds the base's buffers.
     for source in sources.values():
         source.disable()
-    adapter = install(model, record, changes, full)
-    own = adapter.state_dict()
-    with torch.no_grad():
-        for buffer, tensor in buffers.items():
-            own[f"train/{buffer}"].copy_(tensor)
-    return adapter
+    return install(model, record, changes, full, buffers)
 
 
 # --------------------------------------------------------------------------------------- who brings what

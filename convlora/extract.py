@@ -159,11 +159,7 @@ def extract(
             own["B"].copy_(factors.left)
         for parameter, value in values.items():
             trained[parameter].value.copy_(value)
-    adapter = install(base, record, changes, trained)
-    with torch.no_grad():
-        for buffer, value in buffers.items():  # after install, which remembers the base's values
-            base.get_buffer(buffer).copy_(value)
-    return adapter
+    return install(base, record, changes, trained, buffers)
 
 
 # ---------------------------------------------------------------------------------------------- the two models

@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from convlora.adapter import Adapter, register
+from convlora.adapter import Adapter, check_state, register
 from convlora.attach import attach, base_parameters, find_change
 from convlora.errors import ConvloraError, TargetError
 from convlora.fingerprint import fingerprint
@@ -171,8 +172,38 @@ def _inject_bias_only(model: nn.Module, name: str) -> Adapter:
     return install(model, record, *build(model, record))
 
 
-def install(model: nn.Module, record: Record, changes: dict[str, Change], trained: dict[str, Full]) -> Adapter:
-    """Attach built changes and freeze the base; a failure half-way leaves the model as it was."""
+def fill(
+    model: nn.Module,
+    record: Record,
+    changes: Mapping[str, Change],
+    trained: Mapping[str, Full],
+    state: Mapping[str, Tensor],
+    whose: str,
+) -> dict[str, Tensor]:
+    """Copy tensors, keyed as in a file, into built changes; returns those of buffers, for `install`.
+
+    Raises `FileError`, which names `whose` they are, unless keys, shapes and values are exactly the adapter's.
+    """
+    own = {f"{layer}/{key}": value for layer, change in changes.items() for key, value in change.state_dict().items()}
+    own |= {f"train/{parameter}": full.value for parameter, full in trained.items()}
+    check_state(own | {f"train/{name}": model.get_buffer(name) for name in record.buffers}, state, whose)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+    return {name: state[f"train/{name}"] for name in record.buffers}
+
+
+def install(
+    model: nn.Module,
+    record: Record,
+    changes: dict[str, Change],
+    trained: dict[str, Full],
+    buffers: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """Attach built changes and freeze the base; a failure half-way leaves the model as it was.
+
+    `buffers`: values for the record's buffers, which otherwise stay as they are.
+    """
     if not changes and not trained:
         raise TargetError("nothing to train: every selected layer has rank 0 and train= is empty")
     path = record.options["path"]
@@ -195,6 +226,9 @@ def install(model: nn.Module, record: Record, changes: dict[str, Change], traine
         attach(slots[f"train/{parameter}"], record.name, full)
     for _, tensor in base_parameters(model):
         tensor.requires_grad_(False)
+    with torch.no_grad():
+        for name, value in (buffers or {}).items():  # after `register`, which remembers the base's values
+            model.get_buffer(name).copy_(value)
     return adapter
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from convlora import files
-from convlora.adapter import Adapter, check_state
+from convlora.adapter import Adapter
 from convlora.errors import ConvloraError, FileError, HubError, RankError
 from convlora.fingerprint import difference, fingerprint
 from convlora.hub import ADAPTER, pull
-from convlora.inject import build, check_name, install
+from convlora.inject import build, check_name, fill, install
 from convlora.layers import as_matrix
 from convlora.model_card import is_hub_id
 from convlora.record import Record
@@ -75,23 +75,15 @@ def load_adapter(
         check_ranks(model, record, tensors)
         with _random_state_kept(model):  # the fresh factors are overwritten below
             changes, trained = build(model, record)
-        buffers = {name: model.get_buffer(name) for name in record.buffers}
+        for buffer in record.buffers:
+            model.get_buffer(buffer)
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, ConvloraError) as error:
         raise FileError(f"{path} does not fit this {type(model).__name__}: {error}; nothing was loaded") from error
-    own = {f"{layer}/{key}": value for layer, change in changes.items() for key, value in change.state_dict().items()}
-    own |= {f"train/{parameter}": full.value for parameter, full in trained.items()}
-    check_state(own | {f"train/{buffer}": tensor for buffer, tensor in buffers.items()}, tensors, str(path))
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+    buffers = fill(model, record, changes, trained, tensors, str(path))
     try:
-        adapter = install(model, record, changes, trained)
+        return install(model, record, changes, trained, buffers)
     except ConvloraError as error:
         raise FileError(f"{path}: {error}; nothing was loaded") from error
-    with torch.no_grad():
-        for buffer, tensor in buffers.items():  # after install, which remembers the base's values
-            tensor.copy_(tensors[f"train/{buffer}"])
-    return adapter
 
 
 def check_ranks(model: nn.Module, record: Record, tensors: Mapping[str, torch.Tensor]) -> None:

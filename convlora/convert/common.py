@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convlora.adapter import Adapter, check_state
+from convlora.adapter import Adapter
 from convlora.attach import base_modules, base_parameters, frozen
 from convlora.convert.layouts import loralib_to_im2col
 from convlora.errors import ConvloraError, FileError
 from convlora.fingerprint import fingerprint
-from convlora.inject import build, check_name, install
+from convlora.inject import build, check_name, fill, install
 from convlora.layers import as_matrix, find_slot, own_class
 from convlora.methods import Change, LoRA, LowRankChange
+from convlora.methods.change import settled
 from convlora.methods.loralib_view import LoralibView
 from convlora.record import Record
 from convlora.targets import select_parameters
@@ -71,21 +72,13 @@ def put(
         raise FileError(f"{source} does not fit this {type(model).__name__}: {error}; nothing was loaded") from None
     given = {f"{layer}/{key}": tensor for layer, part in parts.items() for key, tensor in part.tensors.items()}
     given |= {f"train/{key}": tensor for key, tensor in trained.items()}
-    own = {f"{layer}/{key}": tensor for layer, change in changes.items() for key, tensor in change.state_dict().items()}
-    own = {key: tensor for key, tensor in own.items() if not key.endswith("/scale")}  # built from rank and alpha
-    own |= {f"train/{key}": full.value for key, full in fulls.items()}
-    check_state(own | {f"train/{key}": model.get_buffer(key) for key in buffers}, given, source)
-    for key, tensor in given.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FileError(f"{source}: {key!r} holds NaN or infinite values; nothing was loaded")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(given[key])
-    adapter = install(model, record, changes, fulls)
-    with torch.no_grad():
-        for key in buffers:  # after install, which remembers the base's values
-            model.get_buffer(key).copy_(trained[key])
-    return adapter
+    # built from rank and alpha, not given
+    given |= {
+        f"{layer}/scale": change.state_dict()["scale"]
+        for layer, change in changes.items()
+        if "scale" in change.state_dict()
+    }
+    return install(model, record, changes, fulls, fill(model, record, changes, fulls, given, source))
 
 
 def groups_of(module: nn.Module) -> int:
@@ -153,13 +146,8 @@ def low_rank(adapter: Adapter, layer: str, library: str) -> Factors:
             f"two factors. Compress it to a LoRA first: convlora.compose(model, {{{adapter.name!r}: 1.0}}, "
             'how="svd", rank=…)'
         )
-    training = change.training
-    try:
-        change.eval()  # no dropout
-        with torch.no_grad():
-            left, right = change.factors(as_matrix(frozen(slot, adapter.name), slot.owner))
-    finally:
-        change.train(training)
+    with torch.no_grad(), settled(change):
+        left, right = change.factors(as_matrix(frozen(slot, adapter.name), slot.owner))
     kept = ((left != 0).any(0) & (right != 0).any(1)).nonzero().flatten()  # AdaLoRA's pruned ones are exactly zero
     kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=left.device)
     return _nonzero(right[kept], left[:, kept], strength)

@@ -21,14 +21,14 @@ from convlora import files
 from convlora.adapter import Adapter
 from convlora.attach import base_modules
 from convlora.convert.common import Part, alpha_for, full_strength, low_rank, put, refuse_unless_plain
-from convlora.convert.layouts import contract_hadamard, contract_tucker
+from convlora.convert.layouts import contract_hadamard
 from convlora.errors import ConvloraError, FileError
 from convlora.layers import Slot, find_slot
 from convlora.methods import Change
 from convlora.methods.dora import DoRA
 from convlora.methods.loha import LoHa
 from convlora.methods.lokr import LoKr, split
-from convlora.methods.tucker import Tucker
+from convlora.methods.tucker import Tucker, contract
 
 # {convlora's method: the tensors of one layer, those in brackets of the file format optional}
 _KINDS: dict[str, tuple[set[str], set[str]]] = {
@@ -225,7 +225,7 @@ def _file_alpha(own: Mapping[str, Tensor], rank: int) -> float:
 
 def _down(own: Mapping[str, Tensor]) -> Tensor:
     down = own["lora_down.weight"].flatten(1)
-    return contract_tucker(own["lora_mid.weight"], down) if "lora_mid.weight" in own else down
+    return contract(own["lora_mid.weight"], down) if "lora_mid.weight" in own else down
 
 
 def _lora(own: Mapping[str, Tensor], shape: tuple[int, ...]) -> Part:

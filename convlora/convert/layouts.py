@@ -10,6 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from convlora.methods.tucker import contract
+
 
 def loralib_to_im2col(A: Tensor, B: Tensor, shape: tuple[int, ...], groups: int = 1) -> tuple[Tensor, Tensor]:
     """Factors of rank r·k²·groups for loralib's A `(r·k, in·k)` and B `(out/groups·k, r·k)`.
@@ -57,14 +59,9 @@ def im2col_to_peft_groups(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Te
     return wide.reshape(groups * r, groups * cols), B
 
 
-def contract_tucker(core: Tensor, V: Tensor) -> Tensor:
-    """A `(r, in·kernel)` of Tucker factors: core `(r, r, *kernel)` times V `(r, in)`."""
-    return torch.einsum("pqk,qi->pik", core.flatten(2), V).flatten(1)
-
-
 def contract_hadamard(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """LyCORIS's Tucker form of one LoHa or LoKr side: core `(r, r, *kernel)`, a `(r, out)`, b `(r, in)`.
 
     Returns a `(out, r)` and b `(r, in·kernel)`, the core multiplied out.
     """
-    return a.T, contract_tucker(core, b)
+    return a.T, contract(core, b)

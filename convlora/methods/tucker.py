@@ -47,5 +47,10 @@ class Tucker(LowRankChange):
     def factors(self, w0: Tensor) -> tuple[Tensor, Tensor]:
         right: Tensor = self.V
         if self.core is not None:
-            right = torch.einsum("pqk,qi->pik", self.core.flatten(2), self.V).flatten(1)
+            right = contract(self.core, self.V)
         return self.U, self.scale * right
+
+
+def contract(core: Tensor, V: Tensor) -> Tensor:
+    """The right factor `(r, in·kernel)`: core `(r, r, *kernel)` times V `(r, in)`."""
+    return torch.einsum("pqk,qi->pik", core.flatten(2), V).flatten(1)

@@ -220,10 +220,9 @@ def contrast(units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def train_identity(
-    photos: Photos, held: Photos, minutes: float, seed: int, out: Path, start: IdentityEncoder | None = None
+    photos: Photos, held: Photos, alike: Photos, minutes: float, seed: int, out: Path, start: IdentityEncoder | None
 ) -> dict[str, Any]:
     """Contrast between people, plus regression of what makes a person: identity parameters and lasting traits."""
-    alike = open_photos(held.folder.parent / "alike")
     lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
     facts = torch.cat([photos.params[:, : world.IDENTITY_DIM], photos.traits[:, lasting]], 1)
     net = IdentityEncoder(facts.shape[1]) if start is None else start.requires_grad_(True).train()
@@ -326,7 +325,8 @@ def main() -> None:
     if options.what == "identity":
         begin = networks.load("identity") if options.resume else None
         assert begin is None or isinstance(begin, IdentityEncoder)
-        facts = train_identity(photos, held, options.minutes, options.seed, options.out, begin)
+        alike = open_photos(options.folder / "alike")
+        facts = train_identity(photos, held, alike, options.minutes, options.seed, options.out, begin)
     else:
         facts = train_perceptual(photos, held, options.minutes, options.seed, options.out)
     command = (
