@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from convlora import cli_eg3d
 from convlora._version import __version__
 from convlora.cli_adapters import Output, add_verbs
 from convlora.errors import ConvloraError
@@ -60,103 +59,5 @@ def _parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     add_verbs(verbs)
-
-    eg3d = verbs.add_parser("eg3d", help="personal 3D generators").add_subparsers(required=True, metavar="VERB")
-    demo = eg3d.add_parser("demo", help="an album of a procedural person becomes a personal 3D generator")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder, new or of the same run")
-    demo.add_argument("--photos", type=int, default=16, metavar="N", help="training photos, up to 50 (default 16)")
-    demo.add_argument("--held-out", type=int, default=8, metavar="N", help="test photos, up to 12 (default 8)")
-    _common(demo)
-    demo.set_defaults(run=_demo)
-
-    personalize = eg3d.add_parser("personalize", help="a personal generator from an album of photos")
-    personalize.add_argument("album", type=Path, help="folder of photos with EG3D's dataset.json")
-    personalize.add_argument("--generator", default="lab", help='"lab" or a generator\'s .safetensors')
-    personalize.add_argument("--out", type=Path, required=True, help="output folder, new or of the same run")
-    personalize.add_argument("--held-out", type=int, default=0, metavar="N", help="photos kept for measuring")
-    personalize.add_argument("--compare-full", action="store_true", help="tune the whole generator too, to compare")
-    _common(personalize)
-    personalize.set_defaults(run=_personalize)
+    cli_eg3d.add_verbs(verbs)
     return parser
-
-
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=int, help="rank of every ΔW (default 1)")
-    parser.add_argument("--preset", choices=["true_rank", "paper", "official_code"], help="which tensors train")
-    parser.add_argument("--anchor-steps", type=int, metavar="N", help="optimisation steps of each inversion")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimisation steps of the personalisation")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="photos per step")
-    parser.add_argument("--seed", type=int, help="of every random draw (default 0)")
-    parser.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _demo(options: argparse.Namespace) -> None:
-    _prepare_device(options.device)
-    from convlora.integrations.eg3d.demo import LAB_SETTINGS, run_demo
-
-    command = shlex.join(["convlora", *sys.argv[1:]])
-    report = run_demo(
-        options.out, train=options.photos, test=options.held_out, settings=_settings(LAB_SETTINGS, options),
-        device=options.device, command=command, progress=not options.quiet,
-    )  # fmt: skip
-    _finish(report, options.out)
-
-
-def _personalize(options: argparse.Namespace) -> None:
-    _prepare_device(options.device)
-    from convlora.integrations.eg3d.album import load_album
-    from convlora.integrations.eg3d.checkpoint import load_generator
-    from convlora.integrations.eg3d.demo import LAB_SETTINGS, lab_networks
-    from convlora.integrations.eg3d.lab.networks import perceptual_distance
-    from convlora.integrations.eg3d.pipeline import Networks, Settings, check_settings, personalize_album
-    from convlora.integrations.eg3d.run_folder import RunFolder
-
-    lab = options.generator == "lab"
-    G = load_generator(options.generator, options.device)
-    album = load_album(options.album, G.img_resolution, options.held_out)
-    if lab:
-        networks = lab_networks(options.device)
-    else:
-        print(
-            "convlora: the perceptual loss is the lab's stand-in, trained on procedural heads, and identity is not "
-            "measured: encoders for photographs come with a later release; from Python, pass your own Networks",
-            file=sys.stderr,
-        )
-        networks = Networks(perceptual=perceptual_distance)
-    settings = _settings(LAB_SETTINGS if lab else Settings(), options, compare_full=options.compare_full)
-    check_settings(G, settings)
-    record = {"album": str(options.album.resolve()), "generator": options.generator, **vars(settings)}
-    with RunFolder(options.out, {**record, "photos": album.train.names, "held_out": album.test.names}) as out:
-        command = shlex.join(["convlora", *sys.argv[1:]])
-        report = personalize_album(G, album, out, settings, networks, command=command, progress=not options.quiet)
-    _finish(report, options.out)
-
-
-def _settings(defaults: Any, options: argparse.Namespace, **more: Any) -> Any:
-    from dataclasses import replace
-
-    names = ("rank", "preset", "anchor_steps", "steps", "batch_size", "seed")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(defaults, **given, **more)
-
-
-def _finish(report: Any, out: Path) -> None:
-    from convlora.integrations.eg3d.report import table, write_results
-
-    page, *others = write_results(report, out)
-    print(f"\n{report.notice}\n\n{table(report.rows, report.metric_notes)}\n")
-    print(f"adapter  {out / 'adapter.safetensors'}  ({(out / 'adapter.safetensors').stat().st_size:,} bytes)")
-    print(f"report   {page}  (also {', '.join(path.name for path in others)})")
-
-
-def _prepare_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConvloraError(f"--device {name}: not usable here ({first}); cpu always is") from None
-    # Behind an opaque surface transmittances are denormal numbers; a fifth of a CPU step goes into them.
-    torch.set_flush_denormal(True)
