@@ -53,7 +53,7 @@ clean:
 	@echo "preparing .venv (once; PyTorch is the large part)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { \
 	  echo "$(PYTHON) -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@$(PIP_INSTALL) -e ".[dev,lab,eg3d]"
+	@$(PIP_INSTALL) -e ".[dev,lab,eg3d,faces]"
 	@touch $@
 
 .venv/.ready-docs: .venv/.ready

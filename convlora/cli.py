@@ -12,14 +12,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from convlora import cli_eg3d
+from convlora import cli_eg3d, cli_import
 from convlora._version import __version__
 from convlora.cli_adapters import Output, add_verbs
 from convlora.errors import ConvloraError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit status: 0, 2 for wrong input, 130 when interrupted.
+    """Run the program; returns the exit status: 0, 1 for mistakes that `check` found, 2 for wrong input, 130 when
+    interrupted.
 
     With `--json`, standard output is one JSON object, `{"error": "…"}` if it is 2; all else goes to standard error.
     """
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output: Output | None = options.run(options)
         if output is not None:
             print(json.dumps(output.data, ensure_ascii=False) if as_json else output.text)
+            return output.status
     except (ConvloraError, OSError) as error:
         if as_json:
             print(json.dumps({"error": str(error)}, ensure_ascii=False))
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"convlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = arguments[:1] == ["eg3d"]  # a run folder; the other verbs write one file at the end, or nothing
+        # These keep a run folder; the other verbs write their files at the end, or none.
+        resumes = arguments[:1] == ["eg3d"] and arguments[1:2] and arguments[1] in cli_eg3d.RESUMING
         more = "the same command goes on from here" if resumes else "nothing was written"
         print(f"\nconvlora: interrupted; {more}", file=sys.stderr)
         return 130
@@ -60,4 +63,5 @@ def _parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 
     add_verbs(verbs)
     cli_eg3d.add_verbs(verbs)
+    cli_import.add_stylegan2(verbs)
     return parser

@@ -26,6 +26,7 @@ _MODEL = "lab, a generator's .safetensors, or module:function[@weights.safetenso
 class Output(NamedTuple):
     text: str
     data: dict[str, Any]
+    status: int = 0  # of the program
 
 
 def add_verbs(verbs: Any) -> None:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from convlora import cli_check, cli_import, cli_prepare
 from convlora.errors import ConvloraError
+
+#: Verbs that go on where an interrupted run of the same command stopped.
+RESUMING = ("demo", "personalize", "prepare", "synthesize", "invert", "study")
 
 
 def add_verbs(verbs: Any) -> None:
@@ -27,8 +31,22 @@ def add_verbs(verbs: Any) -> None:
     personalize.add_argument("--out", type=Path, required=True, help="output folder, new or of the same run")
     personalize.add_argument("--held-out", type=int, default=0, metavar="N", help="photos kept for measuring")
     personalize.add_argument("--compare-full", action="store_true", help="tune the whole generator too, to compare")
+    personalize.add_argument(
+        "--perceptual", metavar="NAME[:PATH]",
+        help="lpips_alex, lpips_vgg, lpips_squeeze, dists, lab or none (default: lpips_alex, for the lab its own)",
+    )  # fmt: skip
+    personalize.add_argument(
+        "--identity", metavar="NAME[:PATH]", help="arcface_ir101, arcface_ir_se50, lab or none, to measure ID_sim"
+    )
+    personalize.add_argument(
+        "--refine-camera", choices=["rotation", "full", "off"],
+        help="correct the cameras together with the latents (default: full where they come from landmarks)",
+    )  # fmt: skip
     _common(personalize)
     personalize.set_defaults(run=_personalize)
+    cli_import.add_eg3d_verb(eg3d)
+    cli_prepare.add_verb(eg3d)
+    cli_check.add_verb(eg3d)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +61,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    _prepare_device(options.device)
+    prepare_device(options.device)
     from convlora.integrations.eg3d.demo import LAB_SETTINGS, run_demo
 
     command = shlex.join(["convlora", *sys.argv[1:]])
@@ -55,29 +73,29 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _personalize(options: argparse.Namespace) -> None:
-    _prepare_device(options.device)
+    prepare_device(options.device)
+    from dataclasses import replace
+
     from convlora.integrations.eg3d.album import load_album
     from convlora.integrations.eg3d.checkpoint import load_generator
-    from convlora.integrations.eg3d.demo import LAB_SETTINGS, lab_networks
-    from convlora.integrations.eg3d.lab.networks import perceptual_distance
-    from convlora.integrations.eg3d.pipeline import Networks, Settings, check_settings, personalize_album
+    from convlora.integrations.eg3d.demo import LAB_SETTINGS
+    from convlora.integrations.eg3d.metrics import described
+    from convlora.integrations.eg3d.networks import choose_networks
+    from convlora.integrations.eg3d.pipeline import Settings, check_settings, personalize_album
     from convlora.integrations.eg3d.run_folder import RunFolder
 
     lab = options.generator == "lab"
     G = load_generator(options.generator, options.device)
     album = load_album(options.album, G.img_resolution, options.held_out)
-    if lab:
-        networks = lab_networks(options.device)
-    else:
-        print(
-            "convlora: the perceptual loss is the lab's stand-in, trained on procedural heads, and identity is not "
-            "measured: encoders for photographs come with a later release; from Python, pass your own Networks",
-            file=sys.stderr,
-        )
-        networks = Networks(perceptual=perceptual_distance)
     settings = _settings(LAB_SETTINGS if lab else Settings(), options, compare_full=options.compare_full)
+    settings = replace(settings, refine_camera=options.refine_camera)
     check_settings(G, settings)
+    networks, told = choose_networks(options.generator, options.perceptual, options.identity, options.device)
+    for line in told:
+        print(f"convlora: {line}", file=sys.stderr)
     record = {"album": str(options.album.resolve()), "generator": options.generator, **vars(settings)}
+    if not lab or options.perceptual:
+        record["perceptual"] = described(networks.perceptual)
     with RunFolder(options.out, {**record, "photos": album.train.names, "held_out": album.test.names}) as out:
         command = shlex.join(["convlora", *sys.argv[1:]])
         report = personalize_album(G, album, out, settings, networks, command=command, progress=not options.quiet)
@@ -93,15 +111,17 @@ def _settings(defaults: Any, options: argparse.Namespace, **more: Any) -> Any:
 
 
 def _finish(report: Any, out: Path) -> None:
-    from convlora.integrations.eg3d.report import table, write_results
+    from convlora.integrations.eg3d.report import moved_cameras, table, write_results
 
     page, *others = write_results(report, out)
     print(f"\n{report.notice}\n\n{table(report.rows, report.metric_notes)}\n")
+    for photos, by in moved_cameras(report).items():
+        print(f"cameras  of {photos} turned by {by}")
     print(f"adapter  {out / 'adapter.safetensors'}  ({(out / 'adapter.safetensors').stat().st_size:,} bytes)")
     print(f"report   {page}  (also {', '.join(path.name for path in others)})")
 
 
-def _prepare_device(name: str) -> None:
+def prepare_device(name: str) -> None:
     import torch
 
     try:

@@ -397,7 +397,7 @@ def _not_there(repo_id: str, name: str, revision: str | None, held: list[str]) -
     adapters = [file for file in held if file.endswith(".safetensors")]
     if adapters:
         return f"{repo_id}{at} has no {name}; it has {_some(adapters)}: name one with filename="
-    return f"{repo_id}{at} holds no adapter, no .safetensors file at all; it holds {_some(held) or 'nothing'}"
+    return f"{repo_id}{at} holds no {name}, no .safetensors file at all; it holds {_some(held) or 'nothing'}"
 
 
 def _some(names: list[str], most: int = 10) -> str:

@@ -7,6 +7,16 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # the command line turns it on; hypothesis refuses to draw floats then
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch, tmp_path_factory):
+    """Nobody's weights are fetched or found: https leads nowhere, caches are empty."""
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("CONVLORA_CACHE", str(tmp_path_factory.getbasetemp() / "no_cache"))
+    monkeypatch.delenv("CONVLORA_WEIGHTS", raising=False)
 
 
 def randomize(adapter, std: float = 0.1) -> None:

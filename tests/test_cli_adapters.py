@@ -17,7 +17,7 @@ from tiny import tiny_generator
 from torch import nn
 
 import convlora
-from convlora import cli, files
+from convlora import cli, cli_eg3d, files
 from convlora.integrations import stylegan2
 from convlora.integrations.eg3d import checkpoint
 
@@ -364,6 +364,6 @@ def test_ctrl_c_says_what_became_of_the_work(arguments, said, monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_adapters, "_info", interrupted)
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr(cli_eg3d, "_demo", interrupted)
     assert cli.main(arguments) == 130
     assert said in capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_bad_requests_say_what_is_needed(tmp_path: Path) -> None:
         images.grid(noise(1, 3, 4, 4), 0)
     with pytest.raises(ConvloraError, match="at least one row"):
         images.sheet([])
-    with pytest.raises(ConvloraError, match=r"\.gif or \.webp, not 'a\.avi'"):
+    with pytest.raises(ConvloraError, match=r"\.gif, \.webp or \.mp4, not 'a\.avi'"):
         images.save_animation(tmp_path / "a.avi", noise(2, 3, 4, 4))
     with pytest.raises(ConvloraError, match="positive length"):
         images.save_animation(tmp_path / "a.gif", noise(2, 3, 4, 4), seconds=0)
@@ -146,3 +146,14 @@ def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ConvloraError, match=r'pip install "convlora\[eg3d\]"'):
         images.to_pil(noise(3, 4, 4))
+
+
+def test_a_film_has_the_frames_and_the_length_asked_for(tmp_path):
+    av = pytest.importorskip("av")
+    ramp = torch.linspace(-1, 1, 12).view(12, 1, 1, 1).expand(12, 3, 33, 48)  # 33: odd, one row is lost
+    path = images.save_animation(tmp_path / "a.mp4", ramp, seconds=0.5)
+    with av.open(str(path)) as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert float(film.streams.video[0].average_rate) == pytest.approx(24)
+    assert len(frames) == 12 and frames[0].shape == (32, 48, 3)
+    assert [int(frame.mean()) for frame in frames] == pytest.approx(((ramp[:, 0, 0, 0] + 1) * 127.5).tolist(), abs=6)

@@ -550,7 +550,7 @@ PULL_REFUSED = {
     "gated, no token": ({"token": False}, "other/gated", "it is gated"),
     "no such revision": ({"revision": "v9"}, "me/there", r"no revision 'v9'; there are main, v1, and commits"),
     "no such file": ({"filename": "x.safetensors"}, "me/there", r"no x.safetensors; it has adapter.safetensors"),
-    "no adapter": ({}, "me/empty", r"holds no adapter.*it holds .gitattributes, weights.bin"),
+    "no adapter": ({}, "me/empty", r"holds no adapter.safetensors.*it holds .gitattributes, weights.bin"),
     "several others": ({}, "me/two", r"no adapter.safetensors; it has a.safetensors, b.safetensors: name one with"),
     "two dashes": ({}, "me/a--b", "a Hub id is written user/name"),
     "not safetensors": ({"filename": "README.md"}, "me/there", "cannot be read as safetensors"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from convlora.integrations.eg3d import cameras
@@ -14,6 +16,7 @@ from convlora.integrations.eg3d.generator import TriPlaneGenerator
 # public name -> (module in this package, attribute; None = the module itself)
 _LAZY: dict[str, tuple[str, str | None]] = {
     "load_album": ("album", "load_album"),
+    "prepare": ("prepare", "prepare"),
     "find_anchors": ("anchors", "find_anchors"),
     "personalize": ("personalize", "personalize"),
     "inject_personal": ("personalize", "inject_personal"),
@@ -36,3 +39,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `eg3d.prepare` a function once the module of that name is imported, which would take its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        attribute = _LAZY.get(name, ("", None))[1]
+        super().__setattr__(name, getattr(value, attribute) if attribute and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -12,69 +12,116 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora.errors import AlbumError
-from convlora.integrations.eg3d.images import load_rgb
+from convlora.integrations.eg3d.images import load_grey, load_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CONTACT_SHEET = "contact_sheet.png"  # what `prepare` writes beside the photos is none of them
 
 
 @dataclass(frozen=True)
 class Photos:
-    """images (N, 3, R, R) in [-1, 1], labels (N, 25), and the N file names they came from."""
+    """images (N, 3, R, R) in [-1, 1], labels (N, 25), and the N file names they came from.
+
+    masks (N, 1, R, R) in [0, 1], or None: 1 where a pixel is the photo's own, 0 where alignment had to invent it
+    because the crop reaches over the photo's edge. None is all ones.
+    """
 
     images: Tensor
     labels: Tensor
     names: list[str]
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def first(self, count: int) -> Photos:
-        return Photos(self.images[:count], self.labels[:count], self.names[:count])
+        return self.part(slice(count))
+
+    def part(self, which: slice) -> Photos:
+        masks = None if self.masks is None else self.masks[which]
+        return Photos(self.images[which], self.labels[which], self.names[which], masks)
+
+    def joined(self, more: Photos) -> Photos:
+        """These and `more`."""
+        masks = None
+        if self.masks is not None or more.masks is not None:
+            masks = torch.cat([torch.ones_like(p.images[:, :1]) if p.masks is None else p.masks for p in (self, more)])
+        both = torch.cat([self.images, more.images]), torch.cat([self.labels, more.labels])
+        return Photos(*both, self.names + more.names, masks)
 
     def to(self, device: torch.device | str) -> Photos:
-        return Photos(self.images.to(device), self.labels.to(device), self.names)
+        masks = None if self.masks is None else self.masks.to(device)
+        return Photos(self.images.to(device), self.labels.to(device), self.names, masks)
 
 
 @dataclass
 class Album:
-    """The photos of one person: `train` to personalise with, `test` held out."""
+    """The photos of one person: `train` to personalise with, `test` held out.
+
+    `consent` is what the album's manifest records of it. `face_model` names the landmarks that the labels were worked
+    out from; None where they were not, or nothing is known of them.
+    """
 
     folder: Path
     person: str
     procedural: bool
     train: Photos
     test: Photos
+    consent: str = "not recorded"
+    face_model: str | None = None
+
+    @property
+    def estimated_cameras(self) -> bool:
+        """The labels are measurements, with errors."""
+        return self.face_model is not None
+
+    @property
+    def photos(self) -> Photos:
+        """All of them, training photos first."""
+        return self.train.joined(self.test)
 
 
 def load_album(folder: str | Path, resolution: int, held_out: int = 0) -> Album:
     """Read an album at `resolution` (photos must be square and at least that large).
 
     The folder holds photos (png, jpg, webp; RGB), `dataset.json` with a camera label for each as EG3D writes
-    it, `{"labels": [["photo.png", [25 numbers]], …]}`, and optionally `manifest.json` with `person`,
-    `procedural` and `split: {"train": [...], "test": [...]}`. Without a split, every ⌊N / held_out⌋-th photo
-    in name order is held out.
+    it, `{"labels": [["photo.png", [25 numbers]], …]}`, and optionally `manifest.json` with `person`, `consent`,
+    `procedural`, `face_model` (the cameras were worked out from landmarks with it) and
+    `split: {"train": [...], "test": [...]}`. Without a split, every ⌊N / held_out⌋-th photo in name order is held
+    out. `masks/<photo name>.png`, 8-bit grey and of the photo's size, is black where the photo was padded.
 
     Raises `AlbumError`: no photos, no or damaged dataset.json, a photo without a camera or the reverse,
-    unreadable, non-RGB, non-square or too small photos, labels that are not 25 finite numbers.
+    unreadable, non-RGB, non-square or too small photos, labels that are not 25 finite numbers, a mask of another
+    size or mode, all black, or of no photo.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise AlbumError(f"no album folder at {folder}")
-    files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    inside = (path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(name for name in inside if name != CONTACT_SHEET)
     if not files:
         raise AlbumError(f"{folder} holds no photos ({', '.join(SUFFIXES)})")
     labels = _read_labels(folder, files)
     manifest = _read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     train, test = _split(folder, files, manifest, held_out)
-    photos = {name: _read_photo(folder / name, resolution) for name in train + test}
+    found = _find_masks(folder, files)
+    photos, masks = {}, {}
+    for name in train + test:
+        photos[name], masks[name] = _read_photo(folder / name, found.get(name), resolution)
 
     def collect(names: list[str]) -> Photos:
         if not names:
             return Photos(torch.empty(0, 3, resolution, resolution), torch.empty(0, 25), [])
-        return Photos(torch.stack([photos[n] for n in names]), torch.tensor([labels[n] for n in names]), names)
+        whole = torch.ones(1, resolution, resolution)
+        given = [masks[n] for n in names]
+        padded = None if all(m is None for m in given) else torch.stack([whole if m is None else m for m in given])
+        images, cameras = torch.stack([photos[n] for n in names]), torch.tensor([labels[n] for n in names])
+        return Photos(images, cameras, names, padded)
 
     person, procedural = str(manifest.get("person", folder.name)), bool(manifest.get("procedural", False))
-    return Album(folder, person, procedural, collect(train), collect(test))
+    consent = str(manifest.get("consent") or "not recorded")
+    face_model = None if manifest.get("face_model") is None else str(manifest["face_model"])
+    return Album(folder, person, procedural, collect(train), collect(test), consent, face_model)
 
 
 def _read_labels(folder: Path, files: list[str]) -> dict[str, list[float]]:
@@ -119,22 +166,56 @@ def _split(folder: Path, files: list[str], manifest: dict, held_out: int) -> tup
     return train, test
 
 
-def _read_photo(path: Path, resolution: int) -> Tensor:
+def _find_masks(folder: Path, files: list[str]) -> dict[str, Path]:
+    """The mask file of every photo that has one, by the photo's name."""
+    photo_of = {**{Path(name).with_suffix(".png").name: name for name in files}, **{name: name for name in files}}
+    masks = [path for path in sorted((folder / "masks").glob("*")) if not path.name.startswith(".")]
+    strange = [path.name for path in masks if path.name not in photo_of or path.suffix != ".png"]
+    if strange:
+        raise AlbumError(
+            f"{folder / 'masks'} holds {_listing(strange)}, of no photo: a mask has its photo's name with .png"
+        )
+    return {photo_of[path.name]: path for path in masks}
+
+
+def _read_photo(path: Path, mask_path: Path | None, resolution: int) -> tuple[Tensor, Tensor | None]:
     image = load_rgb(path)
     height, width = image.shape[-2:]
     if height != width:
         raise AlbumError(f"{path} is {width} × {height}; photos must be square crops aligned as EG3D does")
     if height < resolution:
         raise AlbumError(f"{path} is {width} × {height}; this generator needs at least {resolution} × {resolution}")
-    return resize(image[None], resolution)[0]
+    if mask_path is None:
+        return resize(image[None], resolution)[0], None
+    mask = load_grey(mask_path)
+    if mask.shape[-2:] != image.shape[-2:]:
+        size = f"{mask.shape[-1]} × {mask.shape[-2]}"
+        raise AlbumError(f"{mask_path} is {size}, its photo {width} × {height}: make the mask of the photo's size")
+    if not bool((mask > 0).any()):
+        raise AlbumError(f"{mask_path} is all black: no pixel of {path.name} would count; take that photo out")
+    image, mask = masked_resize(image[None], mask[None], resolution)
+    return image[0], mask[0]
 
 
 def resize(images: Tensor, resolution: int) -> Tensor:
-    """Antialiased bilinear resizing, as the losses compare with image_raw; (N, 3, R, R) -> (N, 3, r, r)."""
+    """Antialiased bilinear resizing, as the losses compare with image_raw; (N, C, R, R) -> (N, C, r, r)."""
     if images.shape[-1] == resolution:
         return images
     size = (resolution, resolution)
     return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def masked_resize(images: Tensor, masks: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+    """`resize` of images (N, 3, R, R) and masks (N, 1, R, R) by which padded pixels (mask 0) reach no other pixel.
+
+    Every result is the mean over true pixels alone, 0 where there is none; what padded pixels hold never matters.
+    """
+    images = torch.where(masks > 0, images, 0)
+    if images.shape[-1] == resolution:
+        return images, masks
+    total, weight = resize(images * masks, resolution), resize(masks, resolution)
+    true = weight > 1e-3  # below, a share of one pixel in a thousand decides nothing but rounding
+    return torch.where(true, total / torch.where(true, weight, 1), 0), torch.where(true, weight.clamp(max=1), 0)
 
 
 def _read_json(path: Path) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,23 +16,39 @@ from convlora import files
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
+from convlora.integrations.eg3d.camera_refinement import (
+    CameraPrior,
+    Refine,
+    coarse_correction,
+    corrected,
+    moved_degrees,
+)
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
-from convlora.integrations.eg3d.losses import Perceptual, photo_loss, reconstruct
+from convlora.integrations.eg3d.losses import Perceptual, filled, photo_loss, preview, reconstruct
 
 #: An image → w encoder as the start of inversion: (images, labels) -> (N, w_dim).
 Encoder = Callable[[Tensor, Tensor], Tensor]
 
+COARSE = 32  # pixels of the renderings that the coarse search for a camera compares
+
 
 class Anchors(NamedTuple):
-    """w (N, w_dim), the file names of the photos in the same order, and the loss each ended with (N,)."""
+    """w (N, w_dim), the file names of the photos in the same order, and the loss each ended with (N,).
+
+    Where cameras were refined too: their labels (N, 25), and by how many degrees each viewing direction moved (N,).
+    """
 
     w: Tensor
     names: list[str]
     loss: Tensor
+    labels: Tensor | None = None
+    moved_degrees: Tensor | None = None
 
     def save(self, path: str | Path, **metadata: str) -> Path:
         """One safetensors file, written atomically; the order of names is kept in it."""
         tensors = {"w": self.w, "loss": self.loss}
+        if self.labels is not None and self.moved_degrees is not None:
+            tensors |= {"labels": self.labels, "moved_degrees": self.moved_degrees}
         return files.write(
             Path(path), tensors, {"format": "convlora-anchors", "names": json.dumps(self.names), **metadata}
         )
@@ -42,7 +58,13 @@ class Anchors(NamedTuple):
         tensors, metadata = files.read(Path(path))
         if metadata.get("format") != "convlora-anchors":
             raise FileError(f"{path} holds no anchors (metadata format={metadata.get('format')!r})")
-        return Anchors(tensors["w"], json.loads(metadata["names"]), tensors["loss"])
+        names = json.loads(metadata["names"])
+        return Anchors(tensors["w"], names, tensors["loss"], tensors.get("labels"), tensors.get("moved_degrees"))
+
+    def extended(self, more: Anchors) -> Anchors:
+        """These and `more` as one."""
+        both = (None if a is None or b is None else torch.cat([a, b]) for a, b in zip(self[3:], more[3:]))
+        return Anchors(torch.cat([self.w, more.w]), self.names + more.names, torch.cat([self.loss, more.loss]), *both)
 
 
 def find_anchors(
@@ -57,21 +79,33 @@ def find_anchors(
     noise: float | None = None,
     w_samples: int = 600,
     batch_size: int = 8,
+    refine_camera: Refine | None = None,
+    camera_prior: CameraPrior = CameraPrior(),  # noqa: B008 (immutable)
+    camera_lr: float = 0.1,
+    camera_weight: float = 1e-3,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     description: str = "inverting photos",
 ) -> Anchors:
-    """Invert every photo into W with camera and generator frozen, in batches (the loss is a sum over photos).
+    """Invert every photo into W with the generator frozen, in batches (the loss is a sum over photos).
 
     The schedule is the StyleGAN2 projector's: learning rate `lr`·(½ − ½cos(π·min(1, (1−t)/0.25)))·min(1, t/0.05),
     latent noise of scale std(w)·`noise`·max(0, 1 − t/0.75)², Adam (0.9, 0.999). The loss is `photo_loss` on both
     resolutions. Noise buffers stay the generator's own: the personalised generator uses those, so fitting others
-    here, as the projector does, would only let w explain less of the photo.
+    here, as the projector does, would only let w explain less of the photo. Padded pixels of photos with masks do
+    not count.
+
+    Cameras stay as they are, or are refined with w (`camera_refinement`): a coarse search over yaw and pitch, then
+    gradients, with `camera_weight`·Σ(correction / standard deviation)² added to each photo's loss.
 
     Args:
         init: "mean" (of `w_samples` mapped latents), "random" (a mapped latent each), an encoder, or w (N, w_dim).
         noise: initial noise factor; None is the projector's 0.05, or 0 where the start already knows the photo.
+        refine_camera: None, "rotation" (yaw, pitch, roll) or "full" (and shift in the picture and distance).
+        camera_prior: the standard deviations of the given cameras' errors, and the point about which they turn.
+        camera_lr: the cameras' learning rate, standard deviations per step; it follows `lr`'s ramp, with a warm-up
+            four times as long, since a camera has nothing to follow before w resembles its photo.
         checkpoint: a file that keeps finished batches, so that an interrupted call with the same arguments goes on.
 
     Raises `ConvloraError` if the loss becomes NaN, naming the photos.
@@ -79,50 +113,104 @@ def find_anchors(
     if steps < 1 or not len(photos):
         raise ConvloraError(f"find_anchors needs photos and steps ≥ 1, not {len(photos)} photos and {steps} steps")
     device = next(G.parameters()).device
+    sigmas = None if refine_camera is None else camera_prior.sigmas(refine_camera).to(device)
     start, spread = _start(G, photos.to(device), init, w_samples, seed)
     if noise is None:
         noise = 0.05 if isinstance(init, str) else 0.0
-    done, loss = torch.empty(0, G.w_dim), torch.empty(0)
-    if checkpoint is not None and Path(checkpoint).is_file():
-        kept = Anchors.load(checkpoint)
-        if kept.names != photos.names[: len(kept.names)]:
-            raise FileError(f"{checkpoint} is of other photos; remove it or choose another output folder")
-        done, loss = kept.w, kept.loss
+    done = _kept(checkpoint, photos, G.w_dim, refine_camera)
     trainable = [p for p in G.parameters() if p.requires_grad]
     total = math.ceil(len(photos) / batch_size) * steps
-    bar = tqdm(total=total, initial=math.ceil(len(done) / batch_size) * steps, desc=description, disable=not progress)
+    finished = math.ceil(len(done.names) / batch_size) * steps
+    bar = tqdm(total=total, initial=finished, desc=description, disable=not progress)
     try:
         for p in trainable:
             p.requires_grad_(False)
-        while len(done) < len(photos):
-            batch = slice(len(done), len(done) + batch_size)
-            names = photos.names[batch]
-            target, labels = photos.images[batch].to(device), photos.labels[batch].to(device)
+        while len(done.names) < len(photos):
+            first = len(done.names)
+            batch = photos.part(slice(first, first + batch_size)).to(device)
+            target, mask, labels = batch.images, batch.masks, batch.labels
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed + batch.start)
-                w = start[batch].clone().requires_grad_()
+                torch.manual_seed(seed + first)
+                begin = start[first : first + batch_size]
+                correction = None
+                if sigmas is not None:
+                    begin, correction = _coarse(
+                        G, batch, begin, init, sigmas, camera_prior.pivot, perceptual, perceptual_weight, camera_weight
+                    )
+                w = begin.clone().requires_grad_()
                 optimizer = torch.optim.Adam([w], lr=lr)
+                if correction is not None:
+                    optimizer.add_param_group({"params": [correction.requires_grad_()]})
                 for step in range(steps):
                     t = (step + 1) / steps  # the projector starts at 0 and so wastes its first step
                     optimizer.param_groups[0]["lr"] = lr * _ramp(t)
+                    if sigmas is not None and correction is not None:
+                        optimizer.param_groups[1]["lr"] = camera_lr * _ramp(t) * min(1.0, t / 0.2)
+                        labels = corrected(batch.labels, correction * sigmas, camera_prior.pivot)
                     noisy = w + torch.randn_like(w) * (spread * noise * max(0.0, 1 - t / 0.75) ** 2)
-                    each = photo_loss(reconstruct(G, noisy, labels), target, perceptual, perceptual_weight)
+                    each = photo_loss(reconstruct(G, noisy, labels), target, perceptual, perceptual_weight, mask)
                     optimizer.zero_grad(set_to_none=True)
-                    each.sum().backward()
+                    total_loss = each.sum()
+                    if correction is not None:
+                        total_loss = total_loss + camera_weight * correction.square().sum()
+                    total_loss.backward()
                     optimizer.step()
                     bar.update()
             if not bool(each.isfinite().all()):
                 raise ConvloraError(
-                    f"the inversion of {', '.join(names)} diverged (loss {each.tolist()}); lower lr={lr}"
+                    f"the inversion of {', '.join(batch.names)} diverged (loss {each.tolist()}); lower lr={lr}"
                 )
-            done, loss = torch.cat([done, w.detach().cpu()]), torch.cat([loss, each.detach().cpu()])
+            found = Anchors(w.detach().cpu(), batch.names, each.detach().cpu())
+            if sigmas is not None and correction is not None:
+                labels = corrected(batch.labels, correction.detach() * sigmas, camera_prior.pivot)
+                moved = moved_degrees(batch.labels, labels)
+                found = found._replace(labels=labels.cpu(), moved_degrees=moved.cpu())
+            done = done.extended(found)
             if checkpoint is not None:
-                Anchors(done, photos.names[: len(done)], loss).save(checkpoint)
+                done.save(checkpoint)
     finally:
         bar.close()
         for p in trainable:
             p.requires_grad_(True)
-    return Anchors(done[: len(photos)], list(photos.names), loss[: len(photos)])
+    return done
+
+
+def _kept(checkpoint: str | Path | None, photos: Photos, w_dim: int, refine: Refine | None) -> Anchors:
+    """The batches that an interrupted call has finished; none if there was no such call."""
+    if checkpoint is None or not Path(checkpoint).is_file():
+        none = Anchors(torch.empty(0, w_dim), [], torch.empty(0))
+        return none if refine is None else none._replace(labels=torch.empty(0, 25), moved_degrees=torch.empty(0))
+    kept = Anchors.load(checkpoint)
+    if kept.names != photos.names[: len(kept.names)]:
+        raise FileError(f"{checkpoint} is of other photos; remove it or choose another output folder")
+    if (kept.labels is None) != (refine is None):
+        had = "without" if kept.labels is None else "with"
+        raise FileError(f"{checkpoint} was made {had} camera refinement; remove it or choose another output folder")
+    return kept
+
+
+def _coarse(
+    G: TriPlaneGenerator, photos: Photos, start: Tensor, init: str | Encoder | Tensor, sigmas: Tensor,
+    pivot: Sequence[float], perceptual: Perceptual | None, perceptual_weight: float, camera_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where w (N, w_dim) and the cameras' correction (N, K), in units of sigmas, of one batch begin."""
+
+    def begin(labels: Tensor) -> Tensor:
+        # an encoder that takes the camera into account sees another head from another camera
+        return init(_seen(photos), labels).to(start) if callable(init) else start
+
+    def score(labels: Tensor) -> Tensor:
+        out = preview(G, begin(labels), labels, COARSE)
+        return photo_loss(out, photos.images, perceptual, perceptual_weight, photos.masks)
+
+    correction = coarse_correction(score, photos.labels, sigmas, camera_weight, pivot)
+    with torch.no_grad():
+        return begin(corrected(photos.labels, correction * sigmas, pivot)), correction
+
+
+def _seen(photos: Photos) -> Tensor:
+    """The images as an encoder, which knows no masks, should see them."""
+    return photos.images if photos.masks is None else filled(photos.images, photos.masks)
 
 
 def w_statistics(G: TriPlaneGenerator, samples: int = 600, seed: int = 123) -> tuple[Tensor, Tensor]:
@@ -149,7 +237,7 @@ def _start(
         start = init.to(mean)
     elif callable(init):
         with torch.no_grad():
-            start = init(photos.images, photos.labels).to(mean)
+            start = init(_seen(photos), photos.labels).to(mean)
     elif init == "mean":
         start = mean.expand(len(photos), -1)
     elif init == "random":

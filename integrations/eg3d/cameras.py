@@ -8,7 +8,8 @@ Source: Chan et al., "Efficient Geometry-aware 3D Generative Adversarial Network
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,21 @@ def frontal(
 ) -> Tensor:
     """(n, 25) frontal labels: the usual conditioning pose."""
     return label(look_at(math.pi / 2, math.pi / 2, pivot, radius, device=device)).repeat(n, 1)
+
+
+def turned(
+    yaws: Tensor, pivot: Sequence[float] | Tensor = (0.0, 0.0, 0.0), radius: float = RADIUS
+) -> Tensor:
+    """(N, 25) labels at eye height, turned by yaws (N,) radians from the frontal view, to +x where positive."""
+    return label(look_at(math.pi / 2 + yaws, math.pi / 2, pivot, radius))
+
+
+def orbit_of(rendering_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The `pivot` and `radius` of a generator's usual cameras, as keywords of `frontal`, `look_at`, `random_views`."""
+    return {
+        "pivot": rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)),
+        "radius": rendering_kwargs.get("avg_camera_radius", RADIUS),
+    }
 
 
 def random_views(

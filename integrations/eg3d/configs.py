@@ -60,6 +60,7 @@ _CARS: dict[str, Any] = dict(
     avg_camera_radius=1.7,
     avg_camera_pivot=[0, 0, 0],
     c_gen_conditioning_zero=True,
+    gpc_reg_prob=None,
 )
 
 

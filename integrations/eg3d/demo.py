@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.album import load_album
 from convlora.integrations.eg3d.checkpoint import load_generator
-from convlora.integrations.eg3d.pipeline import Networks, Settings, check_settings, personalize_album
+from convlora.integrations.eg3d.networks import lab_networks
+from convlora.integrations.eg3d.pipeline import Settings, check_settings, personalize_album
 from convlora.integrations.eg3d.report import Report
 from convlora.integrations.eg3d.run_folder import RunFolder
 
@@ -18,17 +18,6 @@ from convlora.integrations.eg3d.run_folder import RunFolder
 LAB_SETTINGS = Settings(
     anchor_steps=25, anchor_lr=0.05, steps=120, batch_size=4, lr=0.004, lr_full=0.0015, views=8, compare_full=True
 )
-
-
-def lab_networks(device: torch.device | str = "cpu") -> Networks:
-    """The lab's perceptual distance, identity encoder and w encoder; they know procedural heads only."""
-    from convlora.integrations.eg3d import lab
-
-    return Networks(
-        lab.networks.perceptual_distance,
-        lambda images: lab.networks.load("identity", device)(images.to(device)),
-        lab.w_encoder(load_generator("lab", device)),
-    )
 
 
 def run_demo(

@@ -232,7 +232,7 @@ class TriPlaneGenerator(nn.Module):
         self,
         coordinates: Tensor,
         directions: Tensor | None,
-        ws: Tensor,
+        ws: Tensor | None,
         truncation_psi: float = 1,
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
@@ -242,9 +242,12 @@ class TriPlaneGenerator(nn.Module):
     ) -> dict[str, Tensor]:
         """Raw density sigma (N, P, 1) and features rgb (N, P, feature_channels) at coordinates (N, P, 3) in the world.
 
-        truncation_* and update_emas are accepted as in the official signature; ws are used as they come.
+        truncation_* and update_emas are accepted as in the official signature; ws are used as they come, and not
+        needed with planes.
         """
         if planes is None:
+            if ws is None:
+                raise ConvloraError("sample_mixed needs ws, or the planes(ws) made from them")
             planes = self.planes(ws, noise_mode=noise_mode, **block_kwargs)
         points = coordinates.to(planes.dtype)
         return self.renderer.run_model(planes, self.decoder, points, directions, self.rendering_kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +45,28 @@ def load_rgb(path: str | Path) -> Tensor:
             f'PIL.Image.open("{Path(path).name}").convert("RGB").save(...)'
         )
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def load_grey(path: str | Path) -> Tensor:
+    """Read an 8-bit grey picture, such as a mask, as (1, H, W) float32 in [0, 1].
+
+    Raises `AlbumError`: missing, unreadable or truncated file, or a mode other than L.
+    """
+    _pillow()
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            pixels = np.array(file) if mode == "L" else None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise AlbumError(f"{path} is not a readable picture ({error}): replace it or take it out") from None
+    if pixels is None:
+        raise AlbumError(
+            f"{path} has mode {mode}, masks must be 8-bit grey: convert it, for instance with "
+            f'PIL.Image.open("{Path(path).name}").convert("L").save(...)'
+        )
+    return torch.from_numpy(pixels)[None].float().div_(255)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -120,16 +143,19 @@ def data_uri(image: Tensor, format: Literal["webp", "png"] = "webp", quality: in
 
 
 def save_animation(path: str | Path, frames: Tensor, seconds: float = 2.0) -> Path:
-    """Write frames (F, 3, H, W) as an endless .gif or .webp whose round takes `seconds`.
+    """Write frames (F, 3, H, W) as an endless .gif or .webp whose round takes `seconds`, or as an .mp4 (H.264).
 
-    GIF has 256 colours and keeps time in hundredths of a second, of which most viewers show two or more.
+    GIF has 256 colours and keeps time in hundredths of a second, of which most viewers show two or more. An .mp4 needs
+    even sides: an odd one loses its last row or column of pixels.
     """
     path = Path(path)
     _check_batch(frames, "save_animation")
-    if path.suffix.lower() not in (".gif", ".webp"):
-        raise ConvloraError(f"an animation is written as .gif or .webp, not {path.name!r}")
+    if path.suffix.lower() not in (".gif", ".webp", ".mp4"):
+        raise ConvloraError(f"an animation is written as .gif, .webp or .mp4, not {path.name!r}")
     if not 0 < seconds < float("inf"):
         raise ConvloraError(f"seconds={seconds}: an animation needs a positive length")
+    if path.suffix.lower() == ".mp4":
+        return write_bytes(path, _mp4(frames, seconds))
     first, *rest = [to_pil(frame) for frame in frames]
     milliseconds = max(1, round(1000 * seconds / len(frames)))
     options = dict(save_all=True, append_images=rest, duration=milliseconds, loop=0)
@@ -153,6 +179,26 @@ def _encode(picture: Image.Image, format: str, **options: object) -> bytes:
         options = {}
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _mp4(frames: Tensor, seconds: float) -> bytes:
+    try:
+        import av
+    except ImportError:
+        raise ConvloraError('films need PyAV: pip install "convlora[eg3d]"') from None
+    if min(frames.shape[-2:]) < 2:
+        raise ConvloraError(f"a film needs frames of at least 2 × 2 pixels, not {tuple(frames.shape[-2:])}")
+    height, width = frames.shape[-2] // 2 * 2, frames.shape[-1] // 2 * 2
+    pixels = to_uint8(frames[..., :height, :width]).permute(0, 2, 3, 1).contiguous().numpy()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as film:
+        rate = Fraction(len(pixels) / seconds).limit_denominator(1000)
+        stream = film.add_stream("libx264", rate=rate, options={"crf": "18"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for picture in pixels:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        film.mux(stream.encode())
     return buffer.getvalue()
 
 

@@ -118,7 +118,8 @@ def tune(
 ) -> list[tuple[int, float]]:
     """Optimise `parameters` (Adam's groups) so that each anchor renders its photo; returns (step, loss) history.
 
-    The loss is equation 1 on image_raw and image; Adam has betas (0, 0.992) as My3DGen's code has them, with a
+    The loss is equation 1 on image_raw and image, over the pixels that the photos' masks allow, with the cameras
+    that the anchors were refined to, if they were; Adam has betas (0, 0.992) as My3DGen's code has them, with a
     cosine decay to a tenth; gradients' NaN become 0. Photos come in a fresh random order every pass. Random draws
     depend on `seed` and the step alone, so a run resumed from `checkpoint` ends where an uninterrupted one does.
     """
@@ -128,7 +129,9 @@ def tune(
         )
     groups = [{**group, "params": list(group["params"])} for group in parameters]
     device = next(G.parameters()).device
-    images, labels, w = photos.images.to(device), photos.labels.to(device), anchors.w.to(device)
+    cameras = photos.labels if anchors.labels is None else anchors.labels
+    images, labels, w = photos.images.to(device), cameras.to(device), anchors.w.to(device)
+    masks = None if photos.masks is None else photos.masks.to(device)
     optimizer = torch.optim.Adam(groups, lr=0.002, betas=(0.0, 0.992), eps=1e-8)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: 0.55 + 0.45 * math.cos(math.pi * min(1.0, s / steps))
@@ -147,7 +150,8 @@ def tune(
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed * 1_000_003 + step)
                 out = reconstruct(G, w[batch], labels[batch])
-            loss = photo_loss(out, images[batch], perceptual, perceptual_weight).mean()
+            mask = None if masks is None else masks[batch]
+            loss = photo_loss(out, images[batch], perceptual, perceptual_weight, mask).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for p in tuned:

@@ -6,9 +6,9 @@ import copy
 import datetime
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Album, Photos
 from convlora.integrations.eg3d.anchors import Anchors, Encoder, find_anchors
+from convlora.integrations.eg3d.camera_refinement import CameraPrior, landmark_prior
 from convlora.integrations.eg3d.checkpoint import save_generator
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
-from convlora.integrations.eg3d.losses import Perceptual
-from convlora.integrations.eg3d.metrics import IdentityEncoder, id_sim, psnr
+from convlora.integrations.eg3d.losses import Perceptual, completed
+from convlora.integrations.eg3d.metrics import IdentityEncoder, described, id_sim, psnr
 from convlora.integrations.eg3d.personalize import Preset, inject_personal, parameter_groups, tune, unfreeze
 from convlora.integrations.eg3d.report import Report, Row, Spread
 from convlora.integrations.eg3d.run_folder import RunFolder
@@ -48,6 +49,7 @@ class Settings:
     views: int = 4  # novel views per held-out photo for ID_sim
     frames: int = 21  # of the turntable
     yaw: float = 0.45  # radians to each side in the turntable
+    refine_camera: Literal["rotation", "full", "off"] | None = None  # None: "full" if they are from landmarks
     seed: int = 0
 
 
@@ -62,6 +64,7 @@ class Networks(NamedTuple):
 class Evaluation(NamedTuple):
     images: Tensor  # reconstructions of the held-out photos (N, 3, R, R)
     metrics: dict[str, Spread]
+    moved_degrees: Tensor | None  # by which their cameras were refined (N,)
 
 
 def check_settings(G: TriPlaneGenerator, settings: Settings) -> None:
@@ -77,8 +80,11 @@ def personalize_album(
 
     Writes `anchors.safetensors`, `adapter.safetensors` and the checkpoints of what is under way.
     """
+    if settings.refine_camera is None:
+        settings = replace(settings, refine_camera="full" if album.face_model else "off")
+    prior = _camera_prior(album)
     with out.timed("anchors"):
-        anchors = invert(G, album.train, out, "anchors", settings, networks, progress)
+        anchors = invert(G, album.train, out, "anchors", settings, networks, progress, prior)
     models: dict[str, TriPlaneGenerator] = {PRETRAINED: G}
     rows = {PRETRAINED: Row(PRETRAINED, 0, None, None, {})}
     curves = {}
@@ -89,12 +95,15 @@ def personalize_album(
     for name, row in rows.items():
         row.seconds = out.seconds().get(name)
     heldout: dict[str, Tensor] = {}
+    moved = {} if anchors.moved_degrees is None else {"training photos": anchors.moved_degrees.tolist()}
     reference = _embed(networks.identity, album.train.images)
     for name, model in models.items():
         if len(album.test):
             with out.timed("evaluation"):
-                found = evaluate(model, album.test, reference, out, name, settings, networks, progress)
+                found = evaluate(model, album.test, reference, out, name, settings, networks, progress, prior)
             heldout[name], rows[name].metrics = found.images, found.metrics
+            if found.moved_degrees is not None:
+                moved[f"held-out photos, {name}"] = found.moved_degrees.tolist()
     yaws = torch.linspace(-settings.yaw, settings.yaw, settings.frames)
     turn = cameras.label(cameras.look_at(math.pi / 2 + yaws, math.pi / 2, **_orbit(G)))
     front = cameras.frontal(1, **_orbit(G))
@@ -104,11 +113,11 @@ def personalize_album(
         person=album.person,
         notice=_notice(album),
         command=command,
-        environment=_environment(next(G.parameters()).device),
+        environment=environment(next(G.parameters()).device),
         settings={key: str(value) for key, value in asdict(settings).items()},
         album=album.train.images,
         rows=list(rows.values()),
-        metric_notes=_METRICS,
+        metric_notes=_metric_notes(networks),
         heldout_names=album.test.names,
         heldout_truth=album.test.images,
         heldout=heldout,
@@ -117,6 +126,7 @@ def personalize_album(
         interpolation={name: interpolate(m, first, last, front, weights=9)[:, 0] for name, m in models.items()},
         interpolation_weights=torch.linspace(0, 1, 9).tolist(),
         curves=curves,
+        moved_degrees=moved,
     )
 
 
@@ -127,36 +137,49 @@ _METRICS = {
 }
 
 
+def _metric_notes(networks: Networks) -> dict[str, str]:
+    """What each metric is, with the network that measured it and the digests of its weights."""
+    measured_by = {"perceptual": described(networks.perceptual), "ID_sim": described(networks.identity)}
+    return {metric: "; ".join(filter(None, [note, measured_by.get(metric)])) for metric, note in _METRICS.items()}
+
+
 def invert(
     G: TriPlaneGenerator, photos: Photos, out: RunFolder, name: str, settings: Settings, networks: Networks,
-    progress: bool,
+    progress: bool, prior: CameraPrior = CameraPrior(),  # noqa: B008 (immutable)
 ) -> Anchors:  # fmt: skip
     """W inversion with the run's settings, kept in `<name>.safetensors` of the folder."""
+    refine = settings.refine_camera
     return find_anchors(
         G, photos, settings.anchor_steps, init=networks.encoder or "mean", perceptual=networks.perceptual,
         perceptual_weight=settings.perceptual_weight, lr=settings.anchor_lr, seed=settings.seed,
+        refine_camera=None if refine == "off" else refine, camera_prior=prior,
         checkpoint=out / f"{name}.safetensors", progress=progress, description=f"inverting ({name})",
     )  # fmt: skip
 
 
 def evaluate(
     G: TriPlaneGenerator, photos: Photos, reference: Tensor | None, out: RunFolder, name: str, settings: Settings,
-    networks: Networks, progress: bool,
+    networks: Networks, progress: bool, prior: CameraPrior = CameraPrior(),  # noqa: B008 (immutable)
 ) -> Evaluation:  # fmt: skip
-    """Invert held-out photos with the weights frozen, then compare: in their own view, and identity in novel ones."""
+    """Invert held-out photos with the weights frozen, then compare: in their own view, and identity in novel ones.
+
+    Their cameras are measurements too: where the album's are refined, so are these. Padded pixels do not count.
+    """
     key = "".join(c if c.isalnum() else "_" for c in name)
-    w = invert(G, photos, out, f"heldout_{key}", settings, networks, progress).w
-    images = novel_views(G, w, photos.labels[:, None])[:, 0]
-    metrics = {"PSNR": Spread.of(psnr(images, photos.images))}
+    found = invert(G, photos, out, f"heldout_{key}", settings, networks, progress, prior)
+    w, labels = found.w, photos.labels if found.labels is None else found.labels
+    images = novel_views(G, w, labels[:, None])[:, 0]
+    metrics = {"PSNR": Spread.of(psnr(images, photos.images, photos.masks))}
     if networks.perceptual is not None:
+        truth = photos.images if photos.masks is None else completed(photos.images, photos.masks, images)
         with torch.no_grad():
-            metrics["perceptual"] = Spread.of(networks.perceptual(images, photos.images).flatten())
+            metrics["perceptual"] = Spread.of(networks.perceptual(images, truth).flatten())
     if networks.identity is not None and reference is not None:
         views = novel_views(G, w, cameras.random_views(settings.views, seed=settings.seed, **_orbit(G)))
         embeddings = _embed(networks.identity, views.flatten(0, 1))
         assert embeddings is not None
         metrics["ID_sim"] = Spread.of(id_sim(embeddings, reference).view(len(photos), -1).mean(1))
-    return Evaluation(images, metrics)
+    return Evaluation(images, metrics, found.moved_degrees)
 
 
 def _tuned(
@@ -183,7 +206,8 @@ def _tuned(
         path = save_generator(model, out / "full.safetensors")
         return model, Row(name, trainables, path.stat().st_size, None, {}), curve
     path = adapter.save(out / "adapter.safetensors", person=album.person, consent=_consent(album))
-    check_reload(G, model, path, anchors.w[:1], album.train.labels[:1])
+    labels = album.train.labels if anchors.labels is None else anchors.labels
+    check_reload(G, model, path, anchors.w[:1], labels[:1])
     for p in adapter.parameters():
         p.requires_grad_(False)
     return model, Row(name, trainables, path.stat().st_size, None, {}), curve
@@ -211,7 +235,9 @@ def _orbit(G: TriPlaneGenerator) -> dict[str, Any]:
     }
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device | str) -> dict[str, str]:
+    """What a result was made on: device, torch, convlora, date."""
+    device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     date = datetime.date.today().isoformat()
     return {"device": name, "torch": torch.__version__, "convlora": convlora.__version__, "date": date}
@@ -223,5 +249,12 @@ def _notice(album: Album) -> str:
     return "Made from photographs of a person: keep it private unless that person agreed to its publication."
 
 
+def _camera_prior(album: Album) -> CameraPrior:
+    from convlora.integrations.eg3d.prepare.face_model import MODELS
+
+    known = MODELS.get(album.face_model or "")
+    return landmark_prior(known.points3d) if known else CameraPrior()
+
+
 def _consent(album: Album) -> str:
-    return "procedural person, none needed" if album.procedural else "not recorded"
+    return "procedural person, none needed" if album.procedural else album.consent

@@ -21,17 +21,12 @@ from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.images import save_sheet
 from convlora.integrations.eg3d.lab import networks, world
 from convlora.integrations.eg3d.lab.encoder import w_encoder
+from convlora.integrations.eg3d.metrics import psnr
 from convlora.integrations.eg3d.report import Spread
 from convlora.integrations.eg3d.tasks import novel_views
 
 UNSEEN = 850_000  # seeds from here are used by no training and by no evaluation of people
 YAWS = (-0.35, -0.175, 0.0, 0.175, 0.35)
-
-
-def masked_psnr(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """PSNR in dB (N,) over the pixels of `mask` (N, 1, R, R) in [0, 1]; images in [-1, 1]."""
-    error = ((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().mean(1, keepdim=True)
-    return -10 * ((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).log10()
 
 
 def measure(
@@ -63,11 +58,11 @@ def measure(
         same = (identity(own) * identity(truth.image)).sum(1)
         same_views = (identity(views) * identity(turned.image)).sum(1).view(heads, -1).mean(1)
     figures = {
-        "psnr_head": Spread.of(masked_psnr(own, truth.image, truth.mask)),
-        "psnr": Spread.of(masked_psnr(own, truth.image, torch.ones_like(truth.mask))),
+        "psnr_head": Spread.of(psnr(own, truth.image, truth.mask)),
+        "psnr": Spread.of(psnr(own, truth.image)),
         "identity_photo": Spread.of(same),
         "identity_views": Spread.of(same_views),
-        "psnr_views": Spread.of(masked_psnr(views, turned.image, turned.mask).view(heads, -1).mean(1)),
+        "psnr_views": Spread.of(psnr(views, turned.image, turned.mask).view(heads, -1).mean(1)),
     }
     rows = [("truth", truth.image[:8]), ("inversion", own[:8])]
     for head in range(min(3, heads)):

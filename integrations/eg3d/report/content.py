@@ -70,6 +70,7 @@ class Report:
     interpolation: Views = field(default_factory=dict)
     interpolation_weights: list[float] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # model -> (step, loss)
+    moved_degrees: dict[str, list[float]] = field(default_factory=dict)  # which photos -> how far each camera moved
 
     def __post_init__(self) -> None:
         _check("album", self.album, len(self.album))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from convlora.integrations.eg3d.report.content import Report, Row
@@ -77,7 +78,19 @@ def result_json(report: Report) -> dict[str, Any]:
         "heldout_names": list(report.heldout_names),
         "rows": [_finite(asdict(row)) for row in report.rows],
         "metric_notes": dict(report.metric_notes),
+        "moved_degrees": {
+            name: {"mean": fmean(moved), "max": max(moved), "photos": moved}
+            for name, moved in report.moved_degrees.items()
+        },
         "curves": {name: [[step, _finite(loss)] for step, loss in points] for name, points in report.curves.items()},
+    }
+
+
+def moved_cameras(report: Report) -> dict[str, str]:
+    """By how much refinement turned the cameras of which photos, in words."""
+    return {
+        name: f"{fmean(moved):.1f}° on average, {max(moved):.1f}° at most"
+        for name, moved in report.moved_degrees.items()
     }
 
 

@@ -16,7 +16,7 @@ from convlora.integrations.eg3d.album import resize
 from convlora.integrations.eg3d.images import data_uri, write_bytes
 from convlora.integrations.eg3d.report.chart import loss_chart
 from convlora.integrations.eg3d.report.content import Report, Views
-from convlora.integrations.eg3d.report.numbers import columns, direction
+from convlora.integrations.eg3d.report.numbers import columns, direction, moved_cameras
 
 COLOURS = 6  # --c0 … --c5 of page.css
 LARGE, SMALL = 512, 256  # pixels at most: of held-out pictures, and of album photos and animation frames
@@ -230,7 +230,11 @@ def _footer(report: Report) -> str:
     parts = [f"<h2>Command</h2>\n<pre><code>{_text(report.command)}</code></pre>"] if report.command else []
     sets = [
         f"<div><h2>{title}</h2><table>{''.join(_pair(*pair) for pair in values.items())}</table></div>"
-        for title, values in (("Settings", report.settings), ("Environment", report.environment))
+        for title, values in (
+            ("Settings", report.settings),
+            ("Cameras turned by", moved_cameras(report)),
+            ("Environment", report.environment),
+        )
         if values
     ]
     return "\n".join(parts) + (f'\n<div class="sets">{"".join(sets)}</div>' if sets else "")
