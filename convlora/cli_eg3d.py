@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlora import cli_check, cli_import, cli_prepare
+from convlora import cli_check, cli_import, cli_prepare, cli_study, cli_tasks
 from convlora.errors import ConvloraError
 
 #: Verbs that go on where an interrupted run of the same command stopped.
@@ -47,6 +47,8 @@ def add_verbs(verbs: Any) -> None:
     cli_import.add_eg3d_verb(eg3d)
     cli_prepare.add_verb(eg3d)
     cli_check.add_verb(eg3d)
+    cli_tasks.add_task_verbs(eg3d)
+    cli_study.add_verb(eg3d)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

@@ -11,19 +11,20 @@ from convlora.integrations.eg3d.generator import TriPlaneGenerator
 
 @torch.no_grad()
 def novel_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size: int = 8) -> Tensor:
-    """Render latents w (N, w_dim) from cameras labels (V, 25), the same for all, or (N, V, 25).
+    """Render latents w (N, w_dim), or ws (N, num_ws, w_dim), from cameras labels (V, 25), or (N, V, 25) of their own.
 
     Returns (N, V, 3, R, R) in [-1, 1], on the CPU, rendered deterministically.
     """
     if labels.ndim == 2:
         labels = labels.expand(len(w), -1, -1)
-    if w.ndim != 2 or w.shape[1] != G.w_dim or labels.shape[0] != len(w) or labels.shape[-1] != 25:
+    if w.shape[1:] not in ((G.w_dim,), (G.num_ws, G.w_dim)) or labels.shape[0] != len(w) or labels.shape[-1] != 25:
         raise ConvloraError(
-            f"novel_views needs w (N, {G.w_dim}) and labels (V, 25) or (N, V, 25), "
+            f"novel_views needs w (N, {G.w_dim}) or (N, {G.num_ws}, {G.w_dim}) and labels (V, 25) or (N, V, 25), "
             f"not {tuple(w.shape)} and {tuple(labels.shape)}"
         )
     device = next(G.parameters()).device
-    ws = w.to(device)[:, None].expand(-1, G.num_ws, -1)
+    ws = w.to(device)
+    ws = ws[:, None].expand(-1, G.num_ws, -1) if ws.ndim == 2 else ws
     labels = labels.to(device)
     views = labels.shape[1]
     planes = torch.cat([G.planes(ws[i : i + batch_size], noise_mode="const") for i in range(0, len(ws), batch_size)])

@@ -1,0 +1,82 @@
+"""`convlora eg3d study`: the paper's tables and figures on the lab's people."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from convlora.cli_adapters import Output
+from convlora.errors import ConvloraError
+
+_NUMBERS = ("views", "samples", "pairs", "latent_steps", "tune_steps", "project_steps", "directions")
+
+
+def add_verb(eg3d: Any) -> None:
+    """Add `study` to the verbs of `eg3d`."""
+    study = eg3d.add_parser("study", help="a table or figure of My3DGen's paper, on procedural people")
+    study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F9, F11, F12, or all")
+    study.add_argument("--out", type=Path, default=Path("out/studies"), help="folder; models in it are used again")
+    study.add_argument("--identities", type=int, default=9, metavar="N", help="people (default 9)")
+    study.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each (default 3)")
+    study.add_argument("--photos", type=int, default=50, metavar="N", help="photos to learn from (default 50)")
+    study.add_argument("--largest", type=int, default=100, metavar="N", help="photos drawn of each (default 100)")
+    study.add_argument("--tests", type=int, default=12, metavar="N", help="held-out photos of each (default 12)")
+    study.add_argument("--steps", type=int, metavar="N", help="of personalisation (default: the demo's)")
+    study.add_argument("--sizes", default="10,50,100", help="numbers of photos of T6 (default 10,50,100)")
+    study.add_argument("--ranks", default="1,4,16", help="of T5 (default 1,4,16)")
+    study.add_argument("--enhanced", type=int, metavar="N", help="held-out photos that tasks run on (default 6)")
+    for name in _NUMBERS:
+        study.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS)
+    study.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
+    study.add_argument("--quiet", action="store_true", help="no progress bars")
+    study.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    study.set_defaults(run=_study)
+
+
+def _study(options: argparse.Namespace) -> Output:
+    from convlora.cli_eg3d import prepare_device
+
+    prepare_device(options.device)
+    from dataclasses import replace
+
+    from convlora.integrations.eg3d.demo import LAB_SETTINGS
+    from convlora.integrations.eg3d.pipeline import environment
+    from convlora.integrations.eg3d.studies import STUDIES, Cohort
+    from convlora.integrations.eg3d.studies.effort import LAB
+    from convlora.integrations.eg3d.studies.page import SOURCE, write_page
+
+    names = list(STUDIES) if options.names == ["all"] else options.names
+    unknown = [name for name in names if name not in STUDIES]
+    if unknown:
+        raise ConvloraError(f"no study {', '.join(unknown)}; there are {', '.join(STUDIES)}, or all")
+    given: dict[str, Any] = {name: getattr(options, name) for name in _NUMBERS if getattr(options, name) is not None}
+    effort = replace(LAB, sizes=_list(options.sizes), ranks=_list(options.ranks), **given)
+    if options.enhanced is not None:
+        effort = replace(effort, photos=options.enhanced)
+    settings = LAB_SETTINGS if options.steps is None else replace(LAB_SETTINGS, steps=options.steps)
+    cohort = Cohort(
+        options.out, options.identities, options.seeds, options.photos, options.largest, options.tests, settings,
+        options.device, not options.quiet,
+    )  # fmt: skip
+    results, written = [], []
+    with cohort.opened():
+        for name in names:
+            found = STUDIES[name](cohort, effort)
+            results.append(found)
+            written += found.write(options.out)
+        command = shlex.join(["convlora", *sys.argv[1:]])
+        facts = {"command": command, "effort": str(effort), **environment(options.device)}
+        page = write_page(results, facts, options.out / "studies.html")
+    text = "\n\n".join(f"{one.title}\n\n{one.table()}\n\n{one.verdicts()}" for one in results)
+    data = {"page": str(page), "files": [str(path) for path in written], "studies": [one.json() for one in results]}
+    return Output(f"{text}\n\n{SOURCE}\npage  {page}", data)
+
+
+def _list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConvloraError(f"{text!r} is not a list of whole numbers with commas between them") from None

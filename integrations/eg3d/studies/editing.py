@@ -1,0 +1,78 @@
+"""Table 4: attributes changed inside the personal space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convlora.integrations.eg3d import cameras
+from convlora.integrations.eg3d.metrics import id_sim
+from convlora.integrations.eg3d.studies.cohort import FULL, LORA, PRETRAINED, Cohort, Kind, Subject
+from convlora.integrations.eg3d.studies.effort import Effort
+from convlora.integrations.eg3d.studies.inversion import claims
+from convlora.integrations.eg3d.studies.results import Results, by_name
+from convlora.integrations.eg3d.tasks import edit_alpha, novel_views, personal_direction, project, synthesize
+from convlora.integrations.eg3d.tasks.directions import Direction, find_direction
+
+ATTRIBUTES = ("smile", "age")
+STRENGTHS = (-1.0, 1.0)  # times the spread of the personal samples along the direction
+
+
+def score(images: Tensor, labels: Tensor, attribute: str) -> Tensor:
+    """(N,): the lab's own estimate of an attribute, roughly in standard deviations."""
+    from convlora.integrations.eg3d.lab import networks, world
+
+    column = world.PARAM_NAMES.index(attribute)
+    parts = zip(images.split(32), labels.split(32))
+    return torch.cat([networks.encode(image, label)[:, column].cpu() for image, label in parts])
+
+
+def personal_directions(cohort: Cohort, subject: Subject, kind: Kind, effort: Effort) -> dict[str, Direction]:
+    """Directions from frontal samples of the person's own space, rendered and scored with this very model."""
+    labels = cameras.frontal(effort.directions, **cameras.orbit_of(cohort.base.rendering_kwargs))
+    made = synthesize(
+        cohort.model(subject, kind), cohort.hull(subject), effort.directions, labels=labels, seed=subject.seed,
+        progress=cohort.progress,
+    )  # fmt: skip
+    return {
+        name: find_direction(made.w, score(made.images, labels, name), name, share=0.1, seed=subject.seed)
+        for name in ATTRIBUTES
+    }
+
+
+def table_4(cohort: Cohort, effort: Effort) -> Results:
+    """Held-out photos projected into the personal space, then edited both ways along each attribute."""
+    metrics = {
+        "ID_sim": "of the edited picture, largest cosine with the person's photos; higher is better",
+        "change": "of the edited attribute, upwards minus downwards, by the lab's estimate; higher is better",
+        "accuracy": "of the direction on held-out samples; higher is better",
+    }
+    paper = {PRETRAINED.label: {"ID_sim": ".60"}, FULL.label: {"ID_sim": ".76"}, LORA.label: {"ID_sim": ".76"}}
+    results = Results("T4", "Semantic editing (table 4)", metrics, claims(), paper)
+    for subject in cohort.subjects():
+        photos = subject.test if effort.photos is None else subject.test.first(effort.photos)
+        hull = cohort.hull(subject)
+        for kind in (PRETRAINED, FULL, LORA):
+            model, who = cohort.model(subject, kind), (subject.person.name, subject.seed)
+            torch.manual_seed(subject.seed)
+            found = project(
+                model, photos, hull, effort.project_steps, perceptual=cohort.networks.perceptual,
+                progress=cohort.progress,
+            )  # fmt: skip
+            for name, direction in personal_directions(cohort, subject, kind, effort).items():
+                inside = personal_direction(hull, direction.normal)
+                spread = (hull.anchors @ (inside.step / inside.step.norm())).std()
+                alpha = found.alpha.to(hull.anchors)
+                edited = edit_alpha(hull, alpha, inside, torch.tensor(STRENGTHS) * spread.cpu(), exit="project")
+                scores = []
+                for strength, a in zip(STRENGTHS, edited):
+                    images = novel_views(model, hull.w(a), photos.labels[:, None])[:, 0]
+                    scores.append(score(images, photos.labels, name))
+                    items = [f"{photo}, {name} {strength:+g}" for photo in photos.names]
+                    results.add(
+                        kind.label, "ID_sim", *who, by_name(items, id_sim(cohort.embed(images), subject.reference))
+                    )
+                items = [f"{photo}, {name}" for photo in photos.names]
+                results.add(kind.label, "change", *who, by_name(items, scores[1] - scores[0]))
+                results.add(kind.label, "accuracy", *who, {name: direction.accuracy})
+    return results

@@ -1,0 +1,67 @@
+"""All studies of a folder on one HTML page: our numbers beside the paper's, what holds, and what ours come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from convlora.integrations.eg3d.run_folder import write_text
+from convlora.integrations.eg3d.studies.results import Results
+
+SOURCE = (
+    "Ours come from procedural heads at 128² and a small EG3D trained on such heads; the paper's from photographs of "
+    "celebrities at 512², ArcFace and LPIPS. The scales differ: compare orders and signs, not values."
+)
+_MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided": "? undecided"}
+
+
+def write_page(results: Sequence[Results], facts: dict[str, str], path: Path) -> Path:
+    """One HTML file without remote content; `facts` says how it was made (command, date, device, …)."""
+    css = files("convlora.integrations.eg3d.report").joinpath("page.css").read_text(encoding="utf-8")
+    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    body = "\n".join(_section(one) for one in results)
+    write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>My3DGen's studies, repeated</title><style>{css}</style></head>
+<body><main><h1>My3DGen's studies, repeated</h1>
+<p class="notice" role="note">{escape(SOURCE)} Intervals are 95 %, by bootstrap over people, then photos.</p>
+<dl>{told}</dl>
+{body}
+</main></body></html>
+""",
+    )
+    return path
+
+
+def _section(results: Results) -> str:
+    models = results.models()
+    head = "".join(f'<th scope="col">{escape(metric)}</th>' for metric in results.metrics)
+    rows = []
+    for model in models:
+        cells = []
+        for metric in results.metrics:
+            has = any(value.model == model and value.metric == metric for value in results.values)
+            ours = escape(str(results.interval(model, metric))) if has else "–"
+            paper = results.paper.get(model, {}).get(metric)
+            cells.append(f"<td>{ours}" + (f"<br><small>paper {escape(paper)}</small>" if paper else "") + "</td>")
+        rows.append(f'<tr><th scope="row">{escape(model)}</th>{"".join(cells)}</tr>')
+    claims = []
+    for claim in results.claims:
+        verdict, found = results.verdict(claim)
+        claims.append(
+            f"<li><strong>{_MARKS[verdict]}</strong>: {escape(claim.text)} <small>({escape(claim.metric)}: difference "
+            f"{escape(str(found))}, margin {claim.margin:g})</small></li>"
+        )
+    meaning = "; ".join(f"{name}: {text}" for name, text in results.metrics.items())
+    notes = "".join(f"<p>{escape(note)}</p>" for note in [meaning, *results.notes])
+    people = len({value.person for value in results.values})
+    listed = f"<ul>{''.join(claims)}</ul>" if claims else ""
+    return f"""<section id="{escape(results.name)}"><h2>{escape(results.title)}</h2>
+<p>{people} people, {len(results.values):,} values.</p>
+<div class="scroll"><table class="numbers"><thead><tr><th>model</th>{head}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>
+{listed}{notes}</section>"""
