@@ -118,10 +118,8 @@ def _open(options: argparse.Namespace) -> Any:
     return load_personal(options.run_folder, options.device, options.pretrained)
 
 
-def _photos(options: argparse.Namespace, resolution: int) -> Any:
-    from convlora.integrations.eg3d.album import load_album
-
-    photos = load_album(options.album, resolution).photos
+def _photos(options: argparse.Namespace, me: Any, resolution: int | None = None) -> Any:
+    photos = me.photos(options.album, resolution)
     return photos if options.limit is None else photos.first(options.limit)
 
 
@@ -244,7 +242,7 @@ def _invert(options: argparse.Namespace) -> Output:
     from convlora.integrations.eg3d.run_folder import RunFolder
     from convlora.integrations.eg3d.tasks import invert
 
-    photos, (networks, _) = _photos(options, me.G.img_resolution), choose_networks(me.generator, device=options.device)
+    photos, (networks, _) = _photos(options, me), choose_networks(me.generator, device=options.device)
     views = cameras.random_views(options.views, seed=options.seed, **cameras.orbit_of(me.G.rendering_kwargs))
     settings = {name: getattr(options, name) for name in ("target", "steps", "tune_steps", "seed", "pretrained")}
     with RunFolder(options.out, {**settings, "run": str(options.run_folder), "photos": photos.names}) as folder:
@@ -264,7 +262,7 @@ def _inpaint(options: argparse.Namespace) -> Output:
     from convlora.integrations.eg3d.tasks import inpaint
     from convlora.integrations.eg3d.tasks.degrade import center_hole
 
-    photos, (networks, _) = _photos(options, me.G.img_resolution), choose_networks(me.generator, device=options.device)
+    photos, (networks, _) = _photos(options, me), choose_networks(me.generator, device=options.device)
     if options.masks is None:
         known = center_hole(me.G.img_resolution, options.hole)
     else:
@@ -289,7 +287,7 @@ def _upscale(options: argparse.Namespace) -> Output:
     networks, _ = choose_networks(me.generator, device=options.device)
     if options.factor < 2 or side % options.factor:
         raise ConvloraError(f"--factor {options.factor} does not divide the generator's {side} pixels")
-    small = _photos(options, side // options.factor if options.small else side)
+    small = _photos(options, me, side // options.factor if options.small else side)
     if not options.small:
         small = replace(small, images=downsample(small.images, options.factor), masks=None)
     found = upscale(

@@ -49,10 +49,23 @@ REGISTRY: dict[str, Weights] = {
         "MIT",
         "face detector with five landmarks",
     ),
-    "alexnet": Weights(_TORCH + "alexnet-owt-7be5be79.pth", "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", _TORCH_LICENCE, "trunk of LPIPS (alex)"),
-    "vgg16": Weights(_TORCH + "vgg16-397923af.pth", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", _TORCH_LICENCE, "trunk of LPIPS (vgg) and DISTS"),
+    "alexnet": Weights(
+        _TORCH + "alexnet-owt-7be5be79.pth",
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        _TORCH_LICENCE,
+        "trunk of LPIPS (alex)",
+    ),
+    "vgg16": Weights(
+        _TORCH + "vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        _TORCH_LICENCE,
+        "trunk of LPIPS (vgg) and DISTS",
+    ),
     "squeezenet1_1": Weights(
-        _TORCH + "squeezenet1_1-b8a52dc0.pth", "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b", _TORCH_LICENCE, "trunk of LPIPS (squeeze)"
+        _TORCH + "squeezenet1_1-b8a52dc0.pth",
+        "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+        _TORCH_LICENCE,
+        "trunk of LPIPS (squeeze)",
     ),
     "lpips_alex": Weights(
         _LPIPS + "alex.pth",

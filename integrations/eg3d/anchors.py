@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def find_anchors(
     not count.
 
     Cameras stay as they are, or are refined with w (`camera_refinement`): a coarse search over yaw and pitch, then
-    gradients, with `camera_weight`·Σ(correction / standard deviation)² added to each photo's loss.
+    gradients, with `camera_weight`·Σ(correction / standard deviation)² added to each photo's loss. With an encoder this
+    is done twice in half the steps each, the second time from the first's cameras: it then sees a better head.
 
     Args:
         init: "mean" (of `w_samples` mapped latents), "random" (a mapped latent each), an encoder, or w (N, w_dim).
@@ -117,6 +119,11 @@ def find_anchors(
     start, spread = _start(G, photos.to(device), init, w_samples, seed)
     if noise is None:
         noise = 0.05 if isinstance(init, str) else 0.0
+    how = _How(
+        init, perceptual, perceptual_weight, lr, spread * noise, sigmas, camera_prior.pivot, camera_lr, camera_weight
+    )
+    # From a better camera an encoder sees a better head: half of the steps lead there, half start anew from it.
+    rounds = [steps // 2, steps - steps // 2] if sigmas is not None and callable(init) and steps > 1 else [steps]
     done = _kept(checkpoint, photos, G.w_dim, refine_camera)
     trainable = [p for p in G.parameters() if p.requires_grad]
     total = math.ceil(len(photos) / batch_size) * steps
@@ -128,43 +135,19 @@ def find_anchors(
         while len(done.names) < len(photos):
             first = len(done.names)
             batch = photos.part(slice(first, first + batch_size)).to(device)
-            target, mask, labels = batch.images, batch.masks, batch.labels
+            labels = batch.labels
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + first)
-                begin = start[first : first + batch_size]
-                correction = None
-                if sigmas is not None:
-                    begin, correction = _coarse(
-                        G, batch, begin, init, sigmas, camera_prior.pivot, perceptual, perceptual_weight, camera_weight
-                    )
-                w = begin.clone().requires_grad_()
-                optimizer = torch.optim.Adam([w], lr=lr)
-                if correction is not None:
-                    optimizer.add_param_group({"params": [correction.requires_grad_()]})
-                for step in range(steps):
-                    t = (step + 1) / steps  # the projector starts at 0 and so wastes its first step
-                    optimizer.param_groups[0]["lr"] = lr * _ramp(t)
-                    if sigmas is not None and correction is not None:
-                        optimizer.param_groups[1]["lr"] = camera_lr * _ramp(t) * min(1.0, t / 0.2)
-                        labels = corrected(batch.labels, correction * sigmas, camera_prior.pivot)
-                    noisy = w + torch.randn_like(w) * (spread * noise * max(0.0, 1 - t / 0.75) ** 2)
-                    each = photo_loss(reconstruct(G, noisy, labels), target, perceptual, perceptual_weight, mask)
-                    optimizer.zero_grad(set_to_none=True)
-                    total_loss = each.sum()
-                    if correction is not None:
-                        total_loss = total_loss + camera_weight * correction.square().sum()
-                    total_loss.backward()
-                    optimizer.step()
-                    bar.update()
-            if not bool(each.isfinite().all()):
+                for part in rounds:
+                    begin = start[first : first + batch_size]
+                    w, loss, labels = _fit(G, replace(batch, labels=labels), begin, part, how, bar)
+            if not bool(loss.isfinite().all()):
                 raise ConvloraError(
-                    f"the inversion of {', '.join(batch.names)} diverged (loss {each.tolist()}); lower lr={lr}"
+                    f"the inversion of {', '.join(batch.names)} diverged (loss {loss.tolist()}); lower lr={lr}"
                 )
-            found = Anchors(w.detach().cpu(), batch.names, each.detach().cpu())
-            if sigmas is not None and correction is not None:
-                labels = corrected(batch.labels, correction.detach() * sigmas, camera_prior.pivot)
-                moved = moved_degrees(batch.labels, labels)
-                found = found._replace(labels=labels.cpu(), moved_degrees=moved.cpu())
+            found = Anchors(w.cpu(), batch.names, loss.cpu())
+            if sigmas is not None:
+                found = found._replace(labels=labels.cpu(), moved_degrees=moved_degrees(batch.labels, labels).cpu())
             done = done.extended(found)
             if checkpoint is not None:
                 done.save(checkpoint)
@@ -173,6 +156,52 @@ def find_anchors(
         for p in trainable:
             p.requires_grad_(True)
     return done
+
+
+class _How(NamedTuple):
+    """What an inversion is told, the same for every batch; `sigmas` is None where cameras stay."""
+
+    init: str | Encoder | Tensor
+    perceptual: Perceptual | None
+    perceptual_weight: float
+    lr: float
+    noise: Tensor
+    sigmas: Tensor | None
+    pivot: Sequence[float]
+    camera_lr: float
+    camera_weight: float
+
+
+def _fit(
+    G: TriPlaneGenerator, photos: Photos, start: Tensor, steps: int, how: _How, bar: tqdm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w (N, w_dim), loss (N,) and cameras labels (N, 25) of one batch after `steps` of the schedule."""
+    correction, labels, sigmas = None, photos.labels, how.sigmas
+    if sigmas is not None:
+        start, correction = _coarse(G, photos, start, how)
+    w = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([w], lr=how.lr)
+    if correction is not None:
+        optimizer.add_param_group({"params": [correction.requires_grad_()]})
+    for step in range(steps):
+        t = (step + 1) / steps  # the projector starts at 0 and so wastes its first step
+        optimizer.param_groups[0]["lr"] = how.lr * _ramp(t)
+        if correction is not None and sigmas is not None:
+            optimizer.param_groups[1]["lr"] = how.camera_lr * _ramp(t) * min(1.0, t / 0.2)
+            labels = corrected(photos.labels, correction * sigmas, how.pivot)
+        noisy = w + torch.randn_like(w) * (how.noise * max(0.0, 1 - t / 0.75) ** 2)
+        out = reconstruct(G, noisy, labels)
+        each = photo_loss(out, photos.images, how.perceptual, how.perceptual_weight, photos.masks)
+        loss = each.sum()
+        if correction is not None:
+            loss = loss + how.camera_weight * correction.square().sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        bar.update()
+    if correction is not None and sigmas is not None:
+        labels = corrected(photos.labels, correction.detach() * sigmas, how.pivot)
+    return w.detach(), each.detach(), labels
 
 
 def _kept(checkpoint: str | Path | None, photos: Photos, w_dim: int, refine: Refine | None) -> Anchors:
@@ -189,23 +218,21 @@ def _kept(checkpoint: str | Path | None, photos: Photos, w_dim: int, refine: Ref
     return kept
 
 
-def _coarse(
-    G: TriPlaneGenerator, photos: Photos, start: Tensor, init: str | Encoder | Tensor, sigmas: Tensor,
-    pivot: Sequence[float], perceptual: Perceptual | None, perceptual_weight: float, camera_weight: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _coarse(G: TriPlaneGenerator, photos: Photos, start: Tensor, how: _How) -> tuple[Tensor, Tensor]:
     """Where w (N, w_dim) and the cameras' correction (N, K), in units of sigmas, of one batch begin."""
+    assert how.sigmas is not None
 
     def begin(labels: Tensor) -> Tensor:
         # an encoder that takes the camera into account sees another head from another camera
-        return init(_seen(photos), labels).to(start) if callable(init) else start
+        return how.init(_seen(photos), labels).to(start) if callable(how.init) else start
 
     def score(labels: Tensor) -> Tensor:
         out = preview(G, begin(labels), labels, COARSE)
-        return photo_loss(out, photos.images, perceptual, perceptual_weight, photos.masks)
+        return photo_loss(out, photos.images, how.perceptual, how.perceptual_weight, photos.masks)
 
-    correction = coarse_correction(score, photos.labels, sigmas, camera_weight, pivot)
+    correction = coarse_correction(score, photos.labels, how.sigmas, how.camera_weight, how.pivot)
     with torch.no_grad():
-        return begin(corrected(photos.labels, correction * sigmas, pivot)), correction
+        return begin(corrected(photos.labels, correction * how.sigmas, how.pivot)), correction
 
 
 def _seen(photos: Photos) -> Tensor:

@@ -110,9 +110,7 @@ def frontal(
     return label(look_at(math.pi / 2, math.pi / 2, pivot, radius, device=device)).repeat(n, 1)
 
 
-def turned(
-    yaws: Tensor, pivot: Sequence[float] | Tensor = (0.0, 0.0, 0.0), radius: float = RADIUS
-) -> Tensor:
+def turned(yaws: Tensor, pivot: Sequence[float] | Tensor = (0.0, 0.0, 0.0), radius: float = RADIUS) -> Tensor:
     """(N, 25) labels at eye height, turned by yaws (N,) radians from the frontal view, to +x where positive."""
     return label(look_at(math.pi / 2 + yaws, math.pi / 2, pivot, radius))
 

@@ -28,23 +28,7 @@ def load_rgb(path: str | Path) -> Tensor:
     Raises `AlbumError`: missing, unreadable or truncated file, or a mode other than RGB. Grey, palette and
     transparent pictures are refused rather than guessed at: what is behind the transparency is not known.
     """
-    _pillow()
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            upright = ImageOps.exif_transpose(file)
-            pixels = np.array(upright) if mode == "RGB" else None
-    # Pillow's own promise is OSError; damaged PNGs and TIFFs also reach the others
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise AlbumError(f"{path} is not a readable picture ({error}): replace it or take it out") from None
-    if pixels is None:
-        raise AlbumError(
-            f"{path} has mode {mode}, photos must be RGB: convert it, for instance with "
-            f'PIL.Image.open("{Path(path).name}").convert("RGB").save(...)'
-        )
-    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return torch.from_numpy(_pixels(path, "RGB", "photos must be RGB")).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def load_grey(path: str | Path) -> Tensor:
@@ -52,21 +36,27 @@ def load_grey(path: str | Path) -> Tensor:
 
     Raises `AlbumError`: missing, unreadable or truncated file, or a mode other than L.
     """
+    return torch.from_numpy(_pixels(path, "L", "masks must be 8-bit grey"))[None].float().div_(255)
+
+
+def _pixels(path: str | Path, mode: str, rule: str) -> np.ndarray:
+    """The upright pixels of a picture that must have this mode."""
     _pillow()
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            mode = file.mode
-            pixels = np.array(file) if mode == "L" else None
+            found = file.mode
+            pixels = np.array(ImageOps.exif_transpose(file)) if found == mode else None
+    # Pillow's own promise is OSError; damaged PNGs and TIFFs also reach the others
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise AlbumError(f"{path} is not a readable picture ({error}): replace it or take it out") from None
     if pixels is None:
         raise AlbumError(
-            f"{path} has mode {mode}, masks must be 8-bit grey: convert it, for instance with "
-            f'PIL.Image.open("{Path(path).name}").convert("L").save(...)'
+            f"{path} has mode {found}, {rule}: convert it, for instance with "
+            f'PIL.Image.open("{Path(path).name}").convert("{mode}").save(...)'
         )
-    return torch.from_numpy(pixels)[None].float().div_(255)
+    return pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:

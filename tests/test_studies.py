@@ -1,0 +1,112 @@
+"""Studies: values become intervals and verdicts, and every study runs on a small cohort and resumes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from html import escape
+
+import numpy as np
+import pytest
+import torch
+
+from convlora import cli
+from convlora.errors import ConvloraError
+from convlora.integrations.eg3d.metrics.checkerboard import checkerboard
+from convlora.integrations.eg3d.studies import STUDIES, Cohort
+from convlora.integrations.eg3d.studies.page import SOURCE, write_page
+from convlora.integrations.eg3d.studies.results import Claim, Results
+
+
+def results(gap: float, people: int = 8) -> Results:
+    """Two models whose scores differ by `gap` on the same photos."""
+    random = np.random.default_rng(0)
+    claims = [Claim("B is better than A", "score", "B", "A"), Claim("A is about as good", "score", "A", "B", -1.0)]
+    found = Results("T0", "A study", {"score": "higher is better"}, claims, {"A": {"score": ".5"}})
+    for person in range(people):
+        shared = random.normal(person, 3, 6)
+        for model, shift in (("A", 0.0), ("B", gap)):
+            noise = random.normal(0, 0.2, 6)
+            found.add(model, "score", f"P{person}", 0, dict(zip("abcdef", shared + noise + shift)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gap", "verdicts"),
+    [(0.5, ["holds", "holds"]), (-0.5, ["does not hold", "holds"]), (0.0, ["undecided", "holds"]),
+     (2.0, ["holds", "does not hold"])],
+)  # fmt: skip
+def test_claims_are_judged_by_the_whole_interval(gap, verdicts) -> None:
+    found = results(gap)
+    assert [found.verdict(claim)[0] for claim in found.claims] == verdicts
+
+
+def test_lower_is_better_turns_the_comparison_round() -> None:
+    found = results(0.5)
+    assert found.verdict(Claim("A is lower", "score", "A", "B", lower_is_better=True))[0] == "holds"
+
+
+def test_only_shared_photos_are_compared_and_missing_ones_do_not_count() -> None:
+    found = results(0.5)
+    found.add("B", "score", "P0", 0, {"only B": 1e6, "nan": math.nan})
+    assert found.difference("B", "A", "score").high < 1
+    with pytest.raises(ConvloraError, match="no values of 'score' for 'C'"):
+        found.interval("C", "score")
+    with pytest.raises(ConvloraError, match="no metric 'other'"):
+        found.add("A", "other", "P0", 0, {})
+
+
+def test_everything_is_written_and_read_again(tmp_path) -> None:
+    found = results(0.5)
+    data, table = found.write(tmp_path)
+    assert json.loads(data.read_text())["claims"][0]["verdict"] == "holds"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == 96 and float(rows[0]["value"]) == found.values[0].value
+    assert "(paper .5)" in found.table() and "holds: B is better than A" in found.verdicts()
+    page = write_page([found], {"command": "<script>"}, tmp_path / "page.html").read_text()
+    assert escape(SOURCE) in page and "✓ holds" in page and "paper .5" in page and "<script>" not in page
+
+
+def test_checkerboards_are_told_from_noise_and_from_shapes() -> None:
+    x = torch.arange(128)
+    board = ((x[:, None] + x) % 4 < 2).float().expand(1, 3, -1, -1)
+    stripes = (x % 8 < 4).float().expand(1, 3, 128, -1)
+    noise = torch.randn(1, 3, 128, 128)
+    blob = torch.exp(-((x[:, None] - 64.0) ** 2 + (x - 64.0) ** 2) / 800).expand(1, 3, -1, -1)
+    zero = torch.zeros(1, 3, 128, 128)
+    scores = [float(checkerboard(image, zero)) for image in (board, stripes, noise, blob + 0.01 * noise)]
+    assert scores[0] > 0.5 and scores[1] > 0.5 and scores[2] < 0.15 and scores[3] < 0.15
+    with pytest.raises(ConvloraError, match="R ≥ 32"):
+        checkerboard(zero[..., :8, :8], zero[..., :8, :8])
+
+
+def test_cohorts_and_names_that_cannot_be_are_refused(tmp_path, capsys) -> None:
+    with pytest.raises(ConvloraError, match="largest=3"):
+        Cohort(tmp_path, photos=4, largest=3)
+    assert cli.main(["eg3d", "study", "T9", "--out", str(tmp_path / "x")]) == 2
+    assert "no study T9; there are T1, T2" in capsys.readouterr().err
+    assert cli.main(["eg3d", "study", "T5", "--ranks", "1,x", "--out", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+SMALL = (
+    "--identities 2 --seeds 1 --photos 3 --largest 5 --tests 2 --steps 2 --sizes 2,3,5 --ranks 1,2 --views 2 "
+    "--samples 4 --pairs 1 --latent-steps 2 --tune-steps 2 --project-steps 2 --directions 40 --enhanced 1 --quiet"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_study_runs_and_a_second_call_trains_nothing(tmp_path, capsys) -> None:
+    out = tmp_path / "studies"
+    assert cli.main(["eg3d", "study", "all", "--out", str(out), *SMALL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [study["study"] for study in found["studies"]] == list(STUDIES)
+    for study in found["studies"]:
+        assert study["people"] == 2 and study["summary"]
+        for summary in study["summary"].values():
+            assert all(math.isfinite(interval["mean"]) for interval in summary.values())
+    models = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert cli.main(["eg3d", "study", "F9", "--out", str(out), *SMALL]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == models
