@@ -17,7 +17,7 @@ _NUMBERS = ("views", "samples", "pairs", "latent_steps", "tune_steps", "project_
 def add_verb(eg3d: Any) -> None:
     """Add `study` to the verbs of `eg3d`."""
     study = eg3d.add_parser("study", help="a table or figure of My3DGen's paper, on procedural people")
-    study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F9, F11, F12, or all")
+    study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F9, F11, F12, X1, or all")
     study.add_argument("--out", type=Path, default=Path("out/studies"), help="folder; models in it are used again")
     study.add_argument("--identities", type=int, default=9, metavar="N", help="people (default 9)")
     study.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each (default 3)")

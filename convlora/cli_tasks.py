@@ -215,7 +215,7 @@ def _edit(options: argparse.Namespace) -> Output:
 
     from convlora.integrations.eg3d import cameras
     from convlora.integrations.eg3d.images import save_sheet
-    from convlora.integrations.eg3d.tasks import edit_alpha, novel_views, personal_direction
+    from convlora.integrations.eg3d.tasks import edit, personal_direction
     from convlora.integrations.eg3d.tasks.directions import Direction
 
     try:
@@ -227,11 +227,10 @@ def _edit(options: argparse.Namespace) -> Output:
     direction = personal_direction(hull, Direction.load(options.direction).normal)
     alpha = torch.zeros(1, len(hull.anchors)).to(hull.anchors)
     alpha[0, me.photo(options.photo)] = 1
-    edited = edit_alpha(hull, alpha, direction, strengths, exit=options.exit)[:, 0]
     front = cameras.frontal(1, **cameras.orbit_of(me.G.rendering_kwargs))
-    images = novel_views(me.G, hull.w(edited), front)[:, 0]
-    save_sheet(options.out / "sheet.png", [(f"{options.strengths}", images)])
-    inside = hull.contains(edited, 1e-4).tolist()
+    found = edit(me.G, hull, alpha, direction, strengths, front, exit=options.exit)
+    save_sheet(options.out / "sheet.png", [(options.strengths, found.images[:, 0])])
+    inside = found.inside[:, 0].tolist()
     return _wrote(options.out / "sheet.png", cosine=round(direction.cosine, 4), inside=inside)
 
 

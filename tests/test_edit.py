@@ -6,11 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_generator
 from torch import Tensor
 
 from convlora.errors import ConvloraError, FileError
+from convlora.integrations.eg3d import cameras
+from convlora.integrations.eg3d.tasks import novel_views
 from convlora.integrations.eg3d.tasks.directions import Direction, find_direction, without
-from convlora.integrations.eg3d.tasks.edit import edit_alpha, personal_direction
+from convlora.integrations.eg3d.tasks.edit import edit, edit_alpha, personal_direction
 from convlora.integrations.eg3d.tasks.hull import Hull, make_hull
 
 
@@ -146,3 +149,15 @@ def test_layers_confine_an_edit() -> None:
 def test_equal_anchors_have_no_inside() -> None:
     with pytest.raises(ConvloraError, match="same latent"):
         personal_direction(make_hull(torch.ones(5, 4)), draw(0, 4))
+
+
+def test_edits_are_rendered_for_every_strength_and_latent() -> None:
+    G = tiny_generator()
+    hull = make_hull(draw(0, 12, G.w_dim), 1.2)
+    direction = personal_direction(hull, draw(1, G.w_dim))
+    alpha, labels = hull.coefficients(draw(2, 2, 12)), cameras.random_views(2, seed=0)
+    found = edit(G, hull, alpha, direction, torch.tensor([0.0, 50.0]), labels, exit="continue")
+    assert found.images.shape == (2, 2, 3, G.img_resolution, G.img_resolution)
+    assert found.inside.tolist() == [[True, True], [False, False]]
+    own = novel_views(G, hull.w(alpha), labels[:, None])[:, 0]
+    assert torch.allclose(found.images[0], own, atol=1e-4)

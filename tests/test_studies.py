@@ -59,13 +59,15 @@ def test_only_shared_photos_are_compared_and_missing_ones_do_not_count() -> None
 
 def test_everything_is_written_and_read_again(tmp_path) -> None:
     found = results(0.5)
-    data, table = found.write(tmp_path)
+    data, table, plot = found.write(tmp_path)
+    assert plot.stat().st_size > 2000
     assert json.loads(data.read_text())["claims"][0]["verdict"] == "holds"
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 96 and float(rows[0]["value"]) == found.values[0].value
     assert "(paper .5)" in found.table() and "holds: B is better than A" in found.verdicts()
     page = write_page([found], {"command": "<script>"}, tmp_path / "page.html").read_text()
     assert escape(SOURCE) in page and "✓ holds" in page and "paper .5" in page and "<script>" not in page
+    assert "data:image/png;base64," in page
 
 
 def test_checkerboards_are_told_from_noise_and_from_shapes() -> None:

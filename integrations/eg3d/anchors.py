@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +97,7 @@ def find_anchors(
     not count.
 
     Cameras stay as they are, or are refined with w (`camera_refinement`): a coarse search over yaw and pitch, then
-    gradients, with `camera_weight`·Σ(correction / standard deviation)² added to each photo's loss. With an encoder this
-    is done twice in half the steps each, the second time from the first's cameras: it then sees a better head.
+    gradients, with `camera_weight`·Σ(correction / standard deviation)² added to each photo's loss.
 
     Args:
         init: "mean" (of `w_samples` mapped latents), "random" (a mapped latent each), an encoder, or w (N, w_dim).
@@ -122,8 +120,6 @@ def find_anchors(
     how = _How(
         init, perceptual, perceptual_weight, lr, spread * noise, sigmas, camera_prior.pivot, camera_lr, camera_weight
     )
-    # From a better camera an encoder sees a better head: half of the steps lead there, half start anew from it.
-    rounds = [steps // 2, steps - steps // 2] if sigmas is not None and callable(init) and steps > 1 else [steps]
     done = _kept(checkpoint, photos, G.w_dim, refine_camera)
     trainable = [p for p in G.parameters() if p.requires_grad]
     total = math.ceil(len(photos) / batch_size) * steps
@@ -135,12 +131,9 @@ def find_anchors(
         while len(done.names) < len(photos):
             first = len(done.names)
             batch = photos.part(slice(first, first + batch_size)).to(device)
-            labels = batch.labels
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + first)
-                for part in rounds:
-                    begin = start[first : first + batch_size]
-                    w, loss, labels = _fit(G, replace(batch, labels=labels), begin, part, how, bar)
+                w, loss, labels = _fit(G, batch, start[first : first + batch_size], steps, how, bar)
             if not bool(loss.isfinite().all()):
                 raise ConvloraError(
                     f"the inversion of {', '.join(batch.names)} diverged (loss {loss.tolist()}); lower lr={lr}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -18,10 +19,13 @@ _MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided
 
 
 def write_page(results: Sequence[Results], facts: dict[str, str], path: Path) -> Path:
-    """One HTML file without remote content; `facts` says how it was made (command, date, device, …)."""
+    """One HTML file without remote content, with the plots that lie beside it.
+
+    `facts` says how it was made: command, date, device, …
+    """
     css = files("convlora.integrations.eg3d.report").joinpath("page.css").read_text(encoding="utf-8")
     told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    body = "\n".join(_section(one) for one in results)
+    body = "\n".join(_section(one, path.parent) for one in results)
     write_text(
         path,
         f"""<!doctype html>
@@ -37,7 +41,7 @@ def write_page(results: Sequence[Results], facts: dict[str, str], path: Path) ->
     return path
 
 
-def _section(results: Results) -> str:
+def _section(results: Results, folder: Path) -> str:
     models = results.models()
     head = "".join(f'<th scope="col">{escape(metric)}</th>' for metric in results.metrics)
     rows = []
@@ -50,6 +54,7 @@ def _section(results: Results) -> str:
             cells.append(f"<td>{ours}" + (f"<br><small>paper {escape(paper)}</small>" if paper else "") + "</td>")
         rows.append(f'<tr><th scope="row">{escape(model)}</th>{"".join(cells)}</tr>')
     claims = []
+    picture = _picture(results, folder)
     for claim in results.claims:
         verdict, found = results.verdict(claim)
         claims.append(
@@ -64,4 +69,12 @@ def _section(results: Results) -> str:
 <p>{people} people, {len(results.values):,} values.</p>
 <div class="scroll"><table class="numbers"><thead><tr><th>model</th>{head}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
-{listed}{notes}</section>"""
+{picture}{listed}{notes}</section>"""
+
+
+def _picture(results: Results, folder: Path) -> str:
+    file = folder / f"{results.name}.png"
+    if not file.is_file():
+        return ""
+    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    return f'<img alt="{escape(results.title)}: means and intervals" src="data:image/png;base64,{data}">'

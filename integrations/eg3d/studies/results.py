@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from convlora.errors import ConvloraError
+from convlora.files import replacing
 from convlora.integrations.eg3d.metrics.bootstrap import Interval, bootstrap, paired_difference
 from convlora.integrations.eg3d.run_folder import write_text
 
@@ -129,8 +131,38 @@ class Results:
             "summary": summary, "paper": self.paper, "claims": claims, "notes": self.notes,
         }  # fmt: skip
 
+    def plot(self, path: Path) -> Path:
+        """Write a PNG: for every metric a dot per model, with its interval.
+
+        Raises:
+            ConvloraError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ConvloraError('plots need matplotlib: pip install "convlora[plot]"') from None
+        models = self.models()
+        figure = Figure(figsize=(3.2 * len(self.metrics) + 1, 0.9 + 0.32 * len(models)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, metric in zip(figure.subplots(1, len(self.metrics), squeeze=False)[0], self.metrics):
+            for row, model in enumerate(models):
+                if any(value.model == model and value.metric == metric for value in self.values):
+                    found = self.interval(model, metric)
+                    axes.plot([found.low, found.high], [row, row], color="C0", linewidth=2)
+                    axes.plot(found.mean, row, "o", color="C0")
+            axes.set_yticks(range(len(models)), models if axes.get_subplotspec().is_first_col() else [], fontsize=8)
+            axes.set_ylim(len(models) - 0.5, -0.5)
+            axes.set_title(metric, fontsize=9)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        return path
+
     def write(self, folder: Path) -> list[Path]:
-        """`<name>.json` and `<name>.csv`, every value on a line."""
+        """`<name>.json`, `<name>.csv` with every value on a line, and `<name>.png` where matplotlib is installed."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(Value._fields)
@@ -138,6 +170,8 @@ class Results:
         table, data = folder / f"{self.name}.csv", folder / f"{self.name}.json"
         write_text(table, text.getvalue())
         write_text(data, json.dumps(self.json(), indent=1, ensure_ascii=False))
+        with contextlib.suppress(ConvloraError):
+            return [data, table, self.plot(folder / f"{self.name}.png")]
         return [data, table]
 
     def _of(self, model: str, metric: str) -> dict[str, dict[str, float]]:

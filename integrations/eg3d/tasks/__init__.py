@@ -1,5 +1,7 @@
 """What one does with a personal generator; each task works alike on pretrained, fully tuned and adapted ones."""
 
+from convlora.integrations.eg3d.tasks.background import replace_background as replace_background
+from convlora.integrations.eg3d.tasks.edit import edit as edit
 from convlora.integrations.eg3d.tasks.edit import edit_alpha as edit_alpha
 from convlora.integrations.eg3d.tasks.edit import personal_direction as personal_direction
 from convlora.integrations.eg3d.tasks.hull import Hull as Hull

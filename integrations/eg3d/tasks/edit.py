@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from convlora.errors import ConvloraError
+from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.tasks.hull import Hull
+from convlora.integrations.eg3d.tasks.views import novel_views
 
 #: What to do with an edit that leaves the dilated hull: keep the last that was inside, go on, or take the nearest.
 Exit = Literal["stop", "continue", "project"]
@@ -45,6 +47,35 @@ def personal_direction(hull: Hull, normal: Tensor, ridge: float = 1e-6) -> Perso
     step = gamma @ centred
     cosine = float(step @ n / (step.norm() * n.norm()).clamp_min(1e-12))
     return PersonalDirection(gamma.to(hull.anchors), step.to(hull.anchors), cosine)
+
+
+class Edit(NamedTuple):
+    """Coefficients alpha (K, B, …, N) for K strengths, images (K, B, 3, R, R), and whether each is inside (K, B)."""
+
+    alpha: Tensor
+    images: Tensor
+    inside: Tensor
+
+
+def edit(
+    G: TriPlaneGenerator,
+    hull: Hull,
+    alpha: Tensor,
+    direction: PersonalDirection,
+    strengths: Tensor,
+    labels: Tensor,
+    *,
+    exit: Exit = "project",
+    layers: Tensor | None = None,
+    batch_size: int = 8,
+) -> Edit:
+    """`edit_alpha`, rendered from cameras labels (B, 25): B latents, each with every strength."""
+    edited = edit_alpha(hull, alpha, direction, strengths, exit=exit, layers=layers)
+    views = labels[None, :, None].expand(len(edited), -1, -1, -1).flatten(0, 1)
+    images = novel_views(G, hull.w(edited).flatten(0, 1), views, batch_size=batch_size)[:, 0]
+    inside = hull.contains(edited, 1e-4)
+    inside = inside.all(-1) if alpha.ndim == 3 else inside
+    return Edit(edited, images.unflatten(0, edited.shape[:2]), inside)
 
 
 def edit_alpha(
