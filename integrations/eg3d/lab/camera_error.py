@@ -64,7 +64,7 @@ def prepared(count: int, resolution: int, noise: float = 1.0) -> tuple[Photos, T
 
 
 def measure(
-    G: TriPlaneGenerator, photos: Photos, truth: Tensor, refine: Refine = "full", steps: int = 40,
+    G: TriPlaneGenerator, photos: Photos, truth: Tensor, refine: Refine = "full", steps: int = 80,
     progress: bool = True,
 ) -> Measured:  # fmt: skip
     """Refine the cameras of `photos` as a run in the lab would, and compare with `truth` (N, 25) before and after."""
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=24, metavar="N")
     parser.add_argument("--refine", choices=["rotation", "full"], default="full")
-    parser.add_argument("--steps", type=int, default=40, metavar="N")
+    parser.add_argument("--steps", type=int, default=80, metavar="N")
     parser.add_argument("--out", type=Path, help="write every photo's errors here as JSON")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
