@@ -32,7 +32,7 @@ assert main(["eg3d", "import", checkpoint, f"{out}/generator"]) == 0
 assert main(["eg3d", "prepare", photos, f"{out}/album", "--landmarks", landmarks, "--keep-all", "--quiet"]) == 0
 G = eg3d.load_generator(f"{out}/generator").requires_grad_(False)
 album = eg3d.load_album(f"{out}/album", G.img_resolution)
-anchors = eg3d.find_anchors(G, album.train, 2, batch_size=2, w_samples=8, progress=False)
+anchors = eg3d.find_anchors(G, album.train, 2, batch_size=1, w_samples=8, progress=False)
 adapter = eg3d.personalize(G, album.train, anchors, steps=2, batch_size=1, progress=False)
 adapter.save(f"{out}/me.safetensors", person=album.person, consent=album.consent)
 image = novel_views(G, anchors.w[:1], cameras.frontal(1, **cameras.orbit_of(G.rendering_kwargs)))[0, 0]
@@ -68,6 +68,7 @@ def test_from_a_checkpoint_and_photos_to_a_picture(tmp_path: Path) -> None:
     peak = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024**2  # KiB on Linux
     print(f"peak {peak:.2f} GiB")
     assert peak < 8
-    assert Image.open(tmp_path / "me.png").size == (512, 512)
+    with Image.open(tmp_path / "me.png") as image:
+        assert image.size == (512, 512)
     assert (tmp_path / "me.safetensors").stat().st_size < 500_000
     assert "trainables 95367" in done.stdout

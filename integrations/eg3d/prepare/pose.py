@@ -23,7 +23,7 @@ from torch import Tensor
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.prepare.face_model import FaceModel, Points
 
-#: Mean and standard deviation of pitch, degrees: people hold a camera near the height of their eyes.
+# Mean and standard deviation of pitch, degrees: people hold a camera near the height of their eyes.
 PITCH_PRIOR = (0.0, 8.0)
 #: Of a landmark from the model's, in each direction, as a share of the landmarks' root mean square spread.
 NOISE = 0.1
@@ -78,7 +78,7 @@ def angles_of(cam2world: Tensor) -> Angles:
 def fit_pose(landmarks: ArrayLike, model: FaceModel, pitch_prior: tuple[float, float] | None = PITCH_PRIOR) -> PoseFit:
     """Pose and framing of the face with these landmarks (5, 2) in pixels, y down, in the order of the model's.
 
-    pitch_prior: mean and standard deviation in degrees, None for none. |yaw| stays within YAW_LIMIT, |pitch| within
+    pitch_prior: mean and standard deviation in degrees, None for none. Yaw stays within ±YAW_LIMIT, pitch within
     PITCH_LIMIT.
 
     Raises `ConvloraError`: landmarks of another shape, not finite, all in one place, or mirrored: the eyes exchanged,

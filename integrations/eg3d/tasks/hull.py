@@ -32,7 +32,7 @@ class Hull(NamedTuple):
         return (self.dilation - 1) / len(self.anchors)
 
     def start(self, shape: tuple[int, ...] = (), parametrisation: Parametrisation = "exact") -> Tensor:
-        """θ (*shape, N) of the mean anchor."""
+        """θ of the mean anchor: N numbers for each item of `shape`."""
         count = len(self.anchors)
         value = 0.0 if parametrisation == "exact" else 1 / count
         return self.anchors.new_full((*shape, count), value)
