@@ -24,7 +24,7 @@ from convlora.integrations.eg3d.camera_refinement import (
     moved_degrees,
 )
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
-from convlora.integrations.eg3d.losses import Perceptual, filled, photo_loss, preview, reconstruct
+from convlora.integrations.eg3d.losses import Perceptual, filled, frozen, photo_loss, preview, reconstruct
 
 #: An image → w encoder as the start of inversion: (images, labels) -> (N, w_dim).
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -121,13 +121,9 @@ def find_anchors(
         init, perceptual, perceptual_weight, lr, spread * noise, sigmas, camera_prior.pivot, camera_lr, camera_weight
     )
     done = _kept(checkpoint, photos, G.w_dim, refine_camera)
-    trainable = [p for p in G.parameters() if p.requires_grad]
     total = math.ceil(len(photos) / batch_size) * steps
     finished = math.ceil(len(done.names) / batch_size) * steps
-    bar = tqdm(total=total, initial=finished, desc=description, disable=not progress)
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
+    with frozen(G), tqdm(total=total, initial=finished, desc=description, disable=not progress) as bar:
         while len(done.names) < len(photos):
             first = len(done.names)
             batch = photos.part(slice(first, first + batch_size)).to(device)
@@ -144,10 +140,6 @@ def find_anchors(
             done = done.extended(found)
             if checkpoint is not None:
                 done.save(checkpoint)
-    finally:
-        bar.close()
-        for p in trainable:
-            p.requires_grad_(True)
     return done
 
 
@@ -243,10 +235,9 @@ def w_statistics(G: TriPlaneGenerator, samples: int = 600, seed: int = 123) -> t
 def _mapped(G: TriPlaneGenerator, samples: int, seed: int) -> Tensor:
     device = next(G.parameters()).device
     z = torch.randn(samples, G.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
-    pivot = G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0))
-    radius = G.rendering_kwargs.get("avg_camera_radius", cameras.RADIUS)
+    frontal = cameras.frontal(samples, **cameras.orbit_of(G.rendering_kwargs), device=device)
     with torch.no_grad():
-        return G.mapping(z, cameras.frontal(samples, pivot, radius, device))[:, 0]
+        return G.mapping(z, frontal)[:, 0]
 
 
 def _start(

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convlora.integrations.eg3d.album import masked_resize, resize
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 
 #: A perceptual distance: images (N, 3, R, R) in [-1, 1], twice, to (N,). LPIPS' own modules fit.
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of the model gets a gradient; afterwards those that did do so again."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
 
 
 def reconstruct(G: TriPlaneGenerator, w: Tensor, labels: Tensor, **kwargs: object) -> dict[str, Tensor]:

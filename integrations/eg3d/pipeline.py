@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,8 +104,8 @@ def personalize_album(
             if found.moved_degrees is not None:
                 moved[f"held-out photos, {name}"] = found.moved_degrees.tolist()
     yaws = torch.linspace(-settings.yaw, settings.yaw, settings.frames)
-    turn = cameras.label(cameras.look_at(math.pi / 2 + yaws, math.pi / 2, **_orbit(G)))
-    front = cameras.frontal(1, **_orbit(G))
+    turn = cameras.turned(yaws, **cameras.orbit_of(G.rendering_kwargs))
+    front = cameras.frontal(1, **cameras.orbit_of(G.rendering_kwargs))
     first, last = anchors.w[0], anchors.w[len(anchors.w) // 2]
     return Report(
         title=f"A personal 3D generator of {album.person}",
@@ -175,7 +174,9 @@ def evaluate(
         with torch.no_grad():
             metrics["perceptual"] = Spread.of(networks.perceptual(images, truth).flatten())
     if networks.identity is not None and reference is not None:
-        views = novel_views(G, w, cameras.random_views(settings.views, seed=settings.seed, **_orbit(G)))
+        views = novel_views(
+            G, w, cameras.random_views(settings.views, seed=settings.seed, **cameras.orbit_of(G.rendering_kwargs))
+        )
         embeddings = _embed(networks.identity, views.flatten(0, 1))
         assert embeddings is not None
         metrics["ID_sim"] = Spread.of(id_sim(embeddings, reference).view(len(photos), -1).mean(1))
@@ -226,13 +227,6 @@ def _embed(identity: Callable[[Tensor], Tensor] | None, images: Tensor) -> Tenso
         return None
     with torch.no_grad():
         return torch.cat([identity(chunk).cpu() for chunk in images.split(64)])
-
-
-def _orbit(G: TriPlaneGenerator) -> dict[str, Any]:
-    return {
-        "pivot": G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)),
-        "radius": G.rendering_kwargs.get("avg_camera_radius", cameras.RADIUS),
-    }
 
 
 def environment(device: torch.device | str) -> dict[str, str]:

@@ -93,6 +93,10 @@ class Cohort:
 
     def subjects(self) -> list[Subject]:
         """Everyone, drawing albums that are not there yet."""
+        return self._everyone
+
+    @cached_property
+    def _everyone(self) -> list[Subject]:
         from convlora.integrations.eg3d.lab import evaluation_people
 
         people = evaluation_people(self.identities)
@@ -133,6 +137,8 @@ class Cohort:
     def anchors(self, subject: Subject, count: int | None = None) -> Anchors:
         photos = self.album(subject, count)
         path = self.folder(subject) / f"anchors_{len(photos)}.safetensors"
+        if path.is_file() and (kept := Anchors.load(path)).names == photos.names:
+            return kept  # complete: neither photos nor statistics of w need to be looked at again
         settings = self.settings
         return find_anchors(
             self.base, photos, settings.anchor_steps, init=self.networks.encoder or "mean",

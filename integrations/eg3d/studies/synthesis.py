@@ -71,15 +71,3 @@ def figure_4(cohort: Cohort, effort: Effort) -> Results:
             scores = interpolated_identity(cohort, subject, kind, effort)
             results.add(kind.label, "ID_sim", subject.person.name, subject.seed, scores)
     return results
-
-
-def curve(results: Results) -> dict[str, list[tuple[float, float]]]:
-    """model -> (weight, mean ID_sim) of figure 4."""
-    points: dict[str, dict[float, list[float]]] = {}
-    for value in results.values:
-        theta = float(value.item.rpartition(" ")[2])
-        points.setdefault(value.model, {}).setdefault(theta, []).append(value.value)
-    return {
-        model: [(theta, sum(values) / len(values)) for theta, values in sorted(rows.items())]
-        for model, rows in points.items()
-    }

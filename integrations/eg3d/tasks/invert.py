@@ -167,13 +167,3 @@ def _tune(
     with torch.no_grad():
         out = reconstruct(model, w, label, deterministic=True)
         return photo_loss({"image": out["image"]}, photo.images, perceptual, weight, photo.masks)[0].cpu()
-
-
-def tuned_adapters(G: TriPlaneGenerator, inversion: Inversion) -> Iterator[tuple[Tensor, TriPlaneGenerator]]:
-    """Each photo's w (1, w_dim) with G carrying that photo's adapter, one after the other, from `invert(out=…)`."""
-    for i, path in enumerate(inversion.adapters):
-        adapter = convlora.load_adapter(G, path, name=_PHOTO)
-        try:
-            yield inversion.w[i : i + 1], G
-        finally:
-            adapter.remove()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
-from convlora.integrations.eg3d.losses import Perceptual, photo_loss
+from convlora.integrations.eg3d.losses import Perceptual, frozen, photo_loss
 from convlora.integrations.eg3d.tasks.hull import Hull, Parametrisation
 from convlora.integrations.eg3d.tasks.views import novel_views
 
@@ -77,13 +77,9 @@ def project(
     device = next(G.parameters()).device
     hull = hull._replace(anchors=hull.anchors.to(device))
     rate = _LEARNING_RATES.get(parametrisation, 0.1) if lr is None else lr
-    frozen = [p for p in G.parameters() if p.requires_grad]
     found: list[tuple[Tensor, Tensor]] = []
     starts = range(0, len(photos), batch_size)
-    bar = tqdm(total=len(starts) * steps, desc=description, disable=not progress)
-    try:
-        for p in frozen:
-            p.requires_grad_(False)
+    with frozen(G), tqdm(total=len(starts) * steps, desc=description, disable=not progress) as bar:
         for first in starts:
             batch = photos.part(slice(first, first + batch_size)).to(device)
             theta = hull.start((len(batch),), parametrisation).requires_grad_()
@@ -111,10 +107,6 @@ def project(
                     f"lower lr={rate:g}"
                 )
             found.append((coefficients().detach(), each.detach().cpu()))
-    finally:
-        bar.close()
-        for p in frozen:
-            p.requires_grad_(True)
     alpha = torch.cat([a for a, _ in found])
     ws = hull.w(alpha)
     ws = ws if per_layer else ws[:, None].expand(-1, G.num_ws, -1)
