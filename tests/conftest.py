@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, so that a green commit stays green; HYPOTHESIS_PROFILE=explore draws new ones.
+settings.register_profile("suite", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,7 @@ def test_padding_fills_outside_and_the_mask_says_where(model):
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.6, 2), st.floats(-100, 100), st.floats(-60, 60))
 def test_a_scaled_and_moved_photo_gives_the_same_framing(factor, dx, dy):
-    blank = np.zeros((500, 600, 3), np.uint8)
+    blank = np.zeros((600, 900, 3), np.uint8)  # every drawn face lies inside
     first = align(blank, FRONTAL, FACE, 256).landmarks
     moved = align(blank, (FRONTAL + [100, 60] + [dx, dy]) * factor * 0.8, FACE, 256).landmarks
     assert np.abs(first - moved).max() < 1.5  # EG3D's windows begin at whole pixels of 1024
