@@ -17,7 +17,7 @@ _NUMBERS = ("views", "samples", "pairs", "latent_steps", "tune_steps", "project_
 def add_verb(eg3d: Any) -> None:
     """Add `study` to the verbs of `eg3d`."""
     study = eg3d.add_parser("study", help="a table or figure of My3DGen's paper, on procedural people")
-    study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F9, F11, F12, X1, or all")
+    study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F8, F9, F11, F12, X1, or all")
     study.add_argument("--out", type=Path, default=Path("out/studies"), help="folder; models in it are used again")
     study.add_argument("--identities", type=int, default=9, metavar="N", help="people (default 9)")
     study.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each (default 3)")
@@ -28,6 +28,7 @@ def add_verb(eg3d: Any) -> None:
     study.add_argument("--sizes", default="10,50,100", help="numbers of photos of T6 (default 10,50,100)")
     study.add_argument("--ranks", default="1,4,16", help="of T5 (default 1,4,16)")
     study.add_argument("--enhanced", type=int, metavar="N", help="held-out photos that tasks run on (default 6)")
+    study.add_argument("--jobs", type=int, default=1, metavar="N", help="people learnt side by side (default 1)")
     for name in _NUMBERS:
         study.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS)
     study.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
@@ -44,14 +45,12 @@ def _study(options: argparse.Namespace) -> Output:
 
     from convlora.integrations.eg3d.demo import LAB_SETTINGS
     from convlora.integrations.eg3d.pipeline import environment
-    from convlora.integrations.eg3d.studies import STUDIES, Cohort
+    from convlora.integrations.eg3d.studies import STUDIES, Cohort, Results
     from convlora.integrations.eg3d.studies.effort import LAB
     from convlora.integrations.eg3d.studies.page import SOURCE, write_page
+    from convlora.integrations.eg3d.studies.run import run_studies
 
     names = list(STUDIES) if options.names == ["all"] else options.names
-    unknown = [name for name in names if name not in STUDIES]
-    if unknown:
-        raise ConvloraError(f"no study {', '.join(unknown)}; there are {', '.join(STUDIES)}, or all")
     given: dict[str, Any] = {name: getattr(options, name) for name in _NUMBERS if getattr(options, name) is not None}
     effort = replace(LAB, sizes=_list(options.sizes), ranks=_list(options.ranks), **given)
     if options.enhanced is not None:
@@ -61,15 +60,14 @@ def _study(options: argparse.Namespace) -> Output:
         options.out, options.identities, options.seeds, options.photos, options.largest, options.tests, settings,
         options.device, not options.quiet,
     )  # fmt: skip
-    results, written = [], []
-    with cohort.opened():
-        for name in names:
-            found = STUDIES[name](cohort, effort)
-            results.append(found)
-            written += found.write(options.out)
-        command = shlex.join(["convlora", *sys.argv[1:]])
-        facts = {"command": command, "effort": str(effort), **environment(options.device)}
-        page = write_page(results, facts, options.out / "studies.html")
+    command = shlex.join(["convlora", *sys.argv[1:]])
+    written = []
+    results = run_studies(names, cohort, effort, options.jobs)
+    for found in results:
+        found.facts = {"command": command, "effort": str(effort), **environment(options.device)}
+        written += found.write(options.out)
+    known = [name for name in STUDIES if (options.out / f"{name}.json").is_file()]
+    page = write_page([Results.read(options.out, name) for name in known], options.out / "studies.html")
     text = "\n\n".join(f"{one.title}\n\n{one.table()}\n\n{one.verdicts()}" for one in results)
     data = {"page": str(page), "files": [str(path) for path in written], "studies": [one.json() for one in results]}
     return Output(f"{text}\n\n{SOURCE}\npage  {page}", data)

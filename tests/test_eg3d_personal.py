@@ -15,6 +15,7 @@ from convlora.integrations import eg3d
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors, find_anchors
+from convlora.integrations.eg3d.batches import Kept
 from convlora.integrations.eg3d.losses import photo_loss, reconstruct
 from convlora.integrations.eg3d.metrics import id_sim, psnr
 from convlora.integrations.eg3d.personalize import TARGETS, inject_personal, personalize, tune, unfreeze
@@ -38,16 +39,15 @@ def test_inversion_brings_photos_closer_and_keeps_their_order(found):
 def test_inversion_resumes_after_a_kill(found, tmp_path, monkeypatch):
     G, photos, anchors = found
     file = tmp_path / "anchors.safetensors"
-    original, calls = Anchors.save, []
+    original, calls = Kept.write, []
 
-    def killed(self, path, **metadata):
-        result = original(self, path, **metadata)
-        calls.append(path)
+    def killed(self, *results):
+        original(self, *results)
+        calls.append(self.path)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return result
 
-    monkeypatch.setattr(Anchors, "save", killed)
+    monkeypatch.setattr(Kept, "write", killed)
     arguments = dict(steps=12, lr=0.1, batch_size=2, progress=False, checkpoint=file)
     with pytest.raises(KeyboardInterrupt):
         find_anchors(G, photos, **arguments)
@@ -211,7 +211,7 @@ def test_novel_views_and_interpolation_share_planes_and_agree_with_synthesis(fou
     assert line.shape == (5, 1, 3, 128, 128)
     torch.testing.assert_close(line[0], views[0, :1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(line[-1], views[1, :1], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConvloraError, match="novel_views needs w"):
+    with pytest.raises(ConvloraError, match="views need w"):
         novel_views(G, anchors.w[0], labels)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from convlora import cli
-from convlora.errors import ConvloraError
+from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d.metrics.checkerboard import checkerboard
 from convlora.integrations.eg3d.studies import STUDIES, Cohort
 from convlora.integrations.eg3d.studies.page import SOURCE, write_page
@@ -65,9 +65,24 @@ def test_everything_is_written_and_read_again(tmp_path) -> None:
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 96 and float(rows[0]["value"]) == found.values[0].value
     assert "(paper .5)" in found.table() and "holds: B is better than A" in found.verdicts()
-    page = write_page([found], {"command": "<script>"}, tmp_path / "page.html").read_text()
+    found.facts = {"command": "<script>"}
+    found.write(tmp_path)
+    again = Results.read(tmp_path, "T0")
+    assert again == found
+    page = write_page([again], tmp_path / "page.html").read_text()
     assert escape(SOURCE) in page and "✓ holds" in page and "paper .5" in page and "<script>" not in page
     assert "data:image/png;base64," in page
+    (tmp_path / "T0.csv").write_text("model,metric\n1,2\n")
+    with pytest.raises(FileError, match="no readable results of study T0"):
+        Results.read(tmp_path, "T0")
+
+
+def test_values_over_an_axis_become_curves(tmp_path) -> None:
+    found = Results("F0", "A curve", {"score": "higher is better"}, axis="weight")
+    for person in range(3):
+        for weight in (0.0, 0.5, 1.0):
+            found.add("A", "score", f"P{person}", 0, {f"pair 0, weight {weight:.2f}": weight + person})
+    assert found.write(tmp_path)[-1].stat().st_size > 2000
 
 
 def test_checkerboards_are_told_from_noise_and_from_shapes() -> None:

@@ -37,9 +37,10 @@ class Photos:
     def first(self, count: int) -> Photos:
         return self.part(slice(count))
 
-    def part(self, which: slice) -> Photos:
+    def part(self, which: slice | list[int]) -> Photos:
         masks = None if self.masks is None else self.masks[which]
-        return Photos(self.images[which], self.labels[which], self.names[which], masks)
+        names = self.names[which] if isinstance(which, slice) else [self.names[i] for i in which]
+        return Photos(self.images[which], self.labels[which], names, masks)
 
     def joined(self, more: Photos) -> Photos:
         """These and `more`."""

@@ -12,6 +12,7 @@ from convlora.integrations.eg3d.studies.effort import Effort as Effort
 from convlora.integrations.eg3d.studies.enhancement import table_3
 from convlora.integrations.eg3d.studies.failures import occluders
 from convlora.integrations.eg3d.studies.inversion import figure_12, table_1
+from convlora.integrations.eg3d.studies.ranks import figure_8
 from convlora.integrations.eg3d.studies.results import Results as Results
 from convlora.integrations.eg3d.studies.synthesis import figure_4, table_2
 from convlora.integrations.eg3d.studies.weights import figure_9
@@ -20,6 +21,6 @@ Study = Callable[[Cohort, Effort], Results]
 
 STUDIES: dict[str, Study] = {
     "T1": table_1, "T2": table_2, "T3": table_3, "T4": table_4, "T5": table_5, "T6": table_6,
-    "F4": figure_4, "F9": figure_9, "F11": figure_11, "F12": figure_12,
+    "F4": figure_4, "F8": figure_8, "F9": figure_9, "F11": figure_11, "F12": figure_12,
     "X1": occluders,
 }  # fmt: skip

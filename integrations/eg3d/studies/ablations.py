@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from convlora.integrations.eg3d.metrics import psnr
-from convlora.integrations.eg3d.personalize import inject_personal
-from convlora.integrations.eg3d.studies.cohort import Cohort, Kind
+from convlora.integrations.eg3d.studies.cohort import Cohort, Kind, trainables
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.inversion import identity
 from convlora.integrations.eg3d.studies.results import Claim, Results, by_name
@@ -36,10 +35,8 @@ def table_5(cohort: Cohort, effort: Effort) -> Results:
     }
     results = Results("T5", "Rank of the adapter (table 5)", METRICS, claims, paper)
     _measure(results, cohort, effort, kinds)
-    for kind in kinds:
-        adapter = inject_personal(cohort.base, kind.rank)
-        results.notes.append(f"{kind.label}: {adapter.num_trainable:,} trainables")
-        adapter.remove()
+    sizes = (f"{kind.label} {trainables(cohort.base, kind):,}" for kind in kinds)
+    results.notes.append(f"Trainables: {', '.join(sizes)}.")
     results.notes.append("The paper's rank 1 is rank 3 on 3×3 layers: 0.2, 0.9 and 3.5 million trainables.")
     return results
 
@@ -61,18 +58,21 @@ def table_6(cohort: Cohort, effort: Effort) -> Results:
 
 
 def _measure(results: Results, cohort: Cohort, effort: Effort, kinds: Sequence[Kind]) -> None:
-    for subject in cohort.subjects():
-        photos = subject.test if effort.photos is None else subject.test.first(effort.photos)
+    for subject in cohort.measuring(results, effort):
+        photos = cohort.held_out(subject, effort.photos)
         for kind in kinds:
-            who = (subject.person.name, subject.seed)
             found = invert(
                 cohort.model(subject, kind), photos, effort.latent_steps, 0, target="none",
                 views=cohort.views(effort.views), init=cohort.networks.encoder or "mean", lr=cohort.settings.anchor_lr,
                 perceptual=cohort.networks.perceptual, seed=subject.seed, progress=cohort.progress,
             )  # fmt: skip
             names = photos.names
-            results.add(kind.label, "perceptual", *who, by_name(names, cohort.perceptual(found.images, photos.images)))
-            results.add(kind.label, "PSNR", *who, by_name(names, psnr(found.images, photos.images)))
-            results.add(kind.label, "ID_sim inversion", *who, by_name(names, identity(cohort, subject, found.views)))
+            results.add(
+                kind.label, "perceptual", *subject.who, by_name(names, cohort.perceptual(found.images, photos.images))
+            )
+            results.add(kind.label, "PSNR", *subject.who, by_name(names, psnr(found.images, photos.images)))
+            results.add(
+                kind.label, "ID_sim inversion", *subject.who, by_name(names, identity(cohort, subject, found.views))
+            )
             lines = interpolated_identity(cohort, subject, kind, effort)
-            results.add(kind.label, "ID_sim interpolation", *who, lines)
+            results.add(kind.label, "ID_sim interpolation", *subject.who, lines)

@@ -45,15 +45,20 @@ def table_4(cohort: Cohort, effort: Effort) -> Results:
     metrics = {
         "ID_sim": "of the edited picture, largest cosine with the person's photos; higher is better",
         "change": "of the edited attribute, upwards minus downwards, by the lab's estimate; higher is better",
+        "true change": "the same, by the drawn change closest to the pictures', in standard deviations; higher is better",
+        "purity": "share of the pictures' change that the attribute explains, at most 1; higher is better",
         "accuracy": "of the direction on held-out samples; higher is better",
     }
     paper = {PRETRAINED.label: {"ID_sim": ".60"}, FULL.label: {"ID_sim": ".76"}, LORA.label: {"ID_sim": ".76"}}
+    from convlora.integrations.eg3d.lab.truth import attribute_change
+
     results = Results("T4", "Semantic editing (table 4)", metrics, claims(), paper)
-    for subject in cohort.subjects():
-        photos = subject.test if effort.photos is None else subject.test.first(effort.photos)
-        hull = cohort.hull(subject)
+    for subject in cohort.measuring(results, effort):
+        photos = cohort.held_out(subject, effort.photos)
+        hull, moments = cohort.hull(subject), cohort.moments(subject, len(photos))
+        shown = [("photo", photos.images)]
         for kind in (PRETRAINED, FULL, LORA):
-            model, who = cohort.model(subject, kind), (subject.person.name, subject.seed)
+            model = cohort.model(subject, kind)
             torch.manual_seed(subject.seed)
             found = project(
                 model, photos, hull, effort.project_steps, perceptual=cohort.networks.perceptual,
@@ -64,15 +69,24 @@ def table_4(cohort: Cohort, effort: Effort) -> Results:
                 spread = (hull.anchors @ (inside.step / inside.step.norm())).std()
                 alpha = found.alpha.to(hull.anchors)
                 edited = edit_alpha(hull, alpha, inside, torch.tensor(STRENGTHS) * spread.cpu(), exit="project")
-                scores = []
+                scores, amounts = [], []
                 for strength, a in zip(STRENGTHS, edited):
                     images = novel_views(model, hull.w(a), photos.labels[:, None])[:, 0]
                     scores.append(score(images, photos.labels, name))
+                    moved = attribute_change(found.images, images, *moments, photos.labels, name)
+                    amounts.append(moved.amount)
+                    shown.append((f"{name} {strength:+g}, {kind.label}", images))
                     items = [f"{photo}, {name} {strength:+g}" for photo in photos.names]
                     results.add(
-                        kind.label, "ID_sim", *who, by_name(items, id_sim(cohort.embed(images), subject.reference))
+                        kind.label,
+                        "ID_sim",
+                        *subject.who,
+                        by_name(items, id_sim(cohort.embed(images), subject.reference)),
                     )
+                    results.add(kind.label, "purity", *subject.who, by_name(items, moved.share))
                 items = [f"{photo}, {name}" for photo in photos.names]
-                results.add(kind.label, "change", *who, by_name(items, scores[1] - scores[0]))
-                results.add(kind.label, "accuracy", *who, {name: direction.accuracy})
+                results.add(kind.label, "change", *subject.who, by_name(items, scores[1] - scores[0]))
+                results.add(kind.label, "true change", *subject.who, by_name(items, amounts[1] - amounts[0]))
+                results.add(kind.label, "accuracy", *subject.who, {name: direction.accuracy})
+        cohort.show(results, subject, shown)
     return results

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from convlora.integrations.eg3d.metrics import id_sim, psnr
 from convlora.integrations.eg3d.studies.cohort import FULL, LORA, PRETRAINED, Cohort
@@ -31,20 +32,26 @@ def table_3(cohort: Cohort, effort: Effort) -> Results:
     }
     both = [claim for task in ("inpainting", "upscaling") for claim in claims(f"{task} ID_sim")]
     results = Results("T3", "Enhancement: inpainting and super-resolution (table 3)", metrics, both, paper)
-    for subject in cohort.subjects():
-        photos = subject.test if effort.photos is None else subject.test.first(effort.photos)
+    for subject in cohort.measuring(results, effort):
+        photos = cohort.held_out(subject, effort.photos)
         known, hull = center_hole(photos.images.shape[-1]), cohort.hull(subject)
         small = replace(photos, images=downsample(photos.images, effort.factor))
         perceptual = cohort.networks.perceptual
+        shown = [("photo", photos.images), ("hole", photos.images * known)]
+        shown.append((f"1/{effort.factor} the size", F.interpolate(small.images, photos.images.shape[-1])))
         options: dict[str, Any] = {"per_layer": True, "perceptual": perceptual, "progress": cohort.progress}
         for kind in (PRETRAINED, FULL, LORA):
-            model, who = cohort.model(subject, kind), (subject.person.name, subject.seed)
+            model = cohort.model(subject, kind)
             torch.manual_seed(subject.seed)
             filled = inpaint(model, photos, hull, known, effort.project_steps, **options)
             hole = (1 - known).expand(len(photos), -1, -1, -1)
             larger = upscale(model, small, hull, effort.project_steps, **options)
+            shown += [(f"filled, {kind.label}", filled.images), (f"enlarged, {kind.label}", larger.images)]
             for task, images, seen in (("inpainting", filled.images, hole), ("upscaling", larger.images, None)):
                 scores = id_sim(cohort.embed(images), subject.reference)
-                results.add(kind.label, f"{task} ID_sim", *who, by_name(photos.names, scores))
-                results.add(kind.label, f"{task} PSNR", *who, by_name(photos.names, psnr(images, photos.images, seen)))
+                results.add(kind.label, f"{task} ID_sim", *subject.who, by_name(photos.names, scores))
+                results.add(
+                    kind.label, f"{task} PSNR", *subject.who, by_name(photos.names, psnr(images, photos.images, seen))
+                )
+        cohort.show(results, subject, shown)
     return results

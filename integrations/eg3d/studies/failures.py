@@ -24,16 +24,17 @@ def occluders(cohort: Cohort, effort: Effort) -> Results:
     results = Results("X1", "Failure cases: occluders", metrics, claims)
     results.notes.append("The paper shows such failures and gives no numbers.")
     glasses = world.TRAIT_NAMES.index("glasses")
-    for subject in cohort.subjects():
-        count = len(subject.test) if effort.photos is None else min(effort.photos, len(subject.test))
+    for subject in cohort.measuring(results, effort):
+        count = len(cohort.held_out(subject, effort.photos))
         drawn = people.photos(subject.person, "test", count, cohort.base.img_resolution)
         traits = drawn.traits.clone()
         traits[:, glasses] = 1.0
         cam2world, _ = cameras.split_label(drawn.labels)
         covered = world.render(drawn.params, traits, cam2world, None, cohort.base.img_resolution).image
         names = subject.test.names[:count]
+        shown = [("photo", drawn.images), (COVERED, covered)]
         for kind in (PRETRAINED, FULL, LORA):
-            model, who = cohort.model(subject, kind), (subject.person.name, subject.seed)
+            model = cohort.model(subject, kind)
             for label, images in ((kind.label, drawn.images), (f"{kind.label}, {COVERED}", covered)):
                 torch.manual_seed(subject.seed)
                 found = project(
@@ -41,5 +42,7 @@ def occluders(cohort: Cohort, effort: Effort) -> Results:
                     perceptual=cohort.networks.perceptual, progress=cohort.progress,
                 )  # fmt: skip
                 views = novel_views(model, found.ws, cohort.views(effort.views))
-                results.add(label, "ID_sim", *who, by_name(names, identity(cohort, subject, views)))
+                shown.append((label, found.images))
+                results.add(label, "ID_sim", *subject.who, by_name(names, identity(cohort, subject, views)))
+        cohort.show(results, subject, shown)
     return results

@@ -9,13 +9,20 @@ from convlora.integrations.eg3d.metrics import id_sim, psnr
 from convlora.integrations.eg3d.studies.cohort import FULL, LORA, PRETRAINED, Cohort, Kind, Subject
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.results import Claim, Results, by_name
-from convlora.integrations.eg3d.tasks import invert, novel_views, project
+from convlora.integrations.eg3d.tasks import invert, project
+from convlora.integrations.eg3d.tasks.views import Views, render_views
 
 MODELS = (PRETRAINED, FULL, LORA)
+TRUTHS = {
+    "identity distance": "1 − cosine of novel views with the true person from the same cameras; lower is better",
+    "view error": "perceptual distance of novel views to the true ones; lower is better",
+    "depth error": "of novel views, mean distance from the true surface, the camera being 2.7 away; lower is better",
+}
 METRICS = {
     "perceptual": "distance to the photo in its own view; lower is better",
     "PSNR": "dB, of the same; higher is better",
     "ID_sim": "of novel views, largest cosine with the person's photos; higher is better",
+    **TRUTHS,
 }
 
 
@@ -25,6 +32,12 @@ def claims(metric: str = "ID_sim", margin: float = 0.02) -> list[Claim]:
         Claim("LoRA keeps identity better than the pretrained generator", metric, LORA.label, PRETRAINED.label),
         Claim("LoRA is about as good as full fine-tuning", metric, LORA.label, FULL.label, -margin),
     ]
+
+
+def true_claims() -> list[Claim]:
+    """The paper's first claim, of the truths that only a drawn world knows."""
+    text = "LoRA comes closer to the true person than the pretrained generator"
+    return [Claim(text, metric, LORA.label, PRETRAINED.label, lower_is_better=True) for metric in TRUTHS]
 
 
 def identity(cohort: Cohort, subject: Subject, views: Tensor) -> Tensor:
@@ -40,42 +53,74 @@ def table_1(cohort: Cohort, effort: Effort) -> Results:
         FULL.label: {"perceptual": "LPIPS .12, DISTS .08", "ID_sim": ".60"},
         LORA.label: {"perceptual": "LPIPS .13, DISTS .08", "ID_sim": ".61"},
     }
-    results = Results("T1", "Inversion with pivotal tuning (table 1)", METRICS, claims(), paper)
-    for subject in cohort.subjects():
-        photos = subject.test if effort.photos is None else subject.test.first(effort.photos)
+    results = Results("T1", "Inversion with pivotal tuning (table 1)", METRICS, claims() + true_claims(), paper)
+    for subject in cohort.measuring(results, effort):
+        seen = _Seen(results, cohort, effort, subject)
         for kind in MODELS:
             found = invert(
-                cohort.model(subject, kind), photos, effort.latent_steps, effort.tune_steps, target="all",
-                views=cohort.views(effort.views), init=cohort.networks.encoder or "mean", lr=cohort.settings.anchor_lr,
+                cohort.model(subject, kind), seen.photos, effort.latent_steps, effort.tune_steps, target="all",
+                views=seen.cameras, init=cohort.networks.encoder or "mean", lr=cohort.settings.anchor_lr,
                 perceptual=cohort.networks.perceptual, seed=subject.seed, progress=cohort.progress,
             )  # fmt: skip
-            _add(results, cohort, subject, kind, photos.names, photos.images, found.images, found.views)
+            seen.add(kind, found.images, Views(found.views, found.depths))
+        seen.show()
     return results
 
 
 def figure_12(cohort: Cohort, effort: Effort) -> Results:
     """The photos' projection into the personal space, weights untouched."""
-    results = Results("F12", "Inversion without tuning weights (figure 12)", METRICS, claims())
+    title = "Inversion without tuning weights (figure 12)"
+    results = Results("F12", title, METRICS, claims() + true_claims())
     results.notes.append("The paper shows pictures of this and no numbers.")
-    for subject in cohort.subjects():
-        photos = subject.test if effort.photos is None else subject.test.first(effort.photos)
+    for subject in cohort.measuring(results, effort):
+        seen = _Seen(results, cohort, effort, subject)
         for kind in MODELS:
             model = cohort.model(subject, kind)
             torch.manual_seed(subject.seed)
             found = project(
-                model, photos, cohort.hull(subject), effort.project_steps, per_layer=True,
+                model, seen.photos, cohort.hull(subject), effort.project_steps, per_layer=True,
                 perceptual=cohort.networks.perceptual, progress=cohort.progress,
             )  # fmt: skip
-            views = novel_views(model, found.ws, cohort.views(effort.views))
-            _add(results, cohort, subject, kind, photos.names, photos.images, found.images, views)
+            seen.add(kind, found.images, render_views(model, found.ws, seen.cameras))
+        seen.show()
     return results
 
 
-def _add(
-    results: Results, cohort: Cohort, subject: Subject, kind: Kind, names: list[str], photos: Tensor, images: Tensor,
-    views: Tensor,
-) -> None:  # fmt: skip
-    who = (subject.person.name, subject.seed)
-    results.add(kind.label, "perceptual", *who, by_name(names, cohort.perceptual(images, photos)))
-    results.add(kind.label, "PSNR", *who, by_name(names, psnr(images, photos)))
-    results.add(kind.label, "ID_sim", *who, by_name(names, identity(cohort, subject, views)))
+class _Seen:
+    """A subject's held-out photos with the truth about them, and what the models made of them."""
+
+    def __init__(self, results: Results, cohort: Cohort, effort: Effort, subject: Subject) -> None:
+        self.results, self.cohort, self.subject = results, cohort, subject
+        self.photos, self.cameras = cohort.held_out(subject, effort.photos), cohort.views(effort.views)
+        self.truth = cohort.truth(subject, len(self.photos), self.cameras)
+        self.own = [("photo", self.photos.images)]
+        self.turned = [("the person", self.truth.images[:, 0])]
+
+    def add(self, kind: Kind, images: Tensor, views: Views) -> None:
+        """Measure a model's reconstructions (N, 3, R, R) and their novel views."""
+        from convlora.integrations.eg3d.lab.truth import depth_error
+
+        cohort, truth = self.cohort, self.truth
+        values = {
+            "perceptual": cohort.perceptual(images, self.photos.images),
+            "PSNR": psnr(images, self.photos.images),
+            "ID_sim": identity(cohort, self.subject, views.images),
+            "identity distance": _identity_distance(cohort, views.images, truth.images),
+            "view error": cohort.perceptual(views.images.flatten(0, 1), truth.images.flatten(0, 1))
+            .view(views.images.shape[:2])
+            .mean(1),
+            "depth error": depth_error(views.depths, truth).mean(1),
+        }
+        for metric, found in values.items():
+            self.results.add(kind.label, metric, *self.subject.who, by_name(self.photos.names, found))
+        self.own.append((kind.label, images))
+        self.turned.append((kind.label, views.images[:, 0]))
+
+    def show(self) -> None:
+        self.cohort.show(self.results, self.subject, [*self.own, *self.turned])
+
+
+def _identity_distance(cohort: Cohort, views: Tensor, true: Tensor) -> Tensor:
+    """(N,): of views (N, V, 3, R, R), averaged over V."""
+    a, b = (cohort.embed(images.flatten(0, 1)) for images in (views, true))
+    return 1 - torch.nn.functional.cosine_similarity(a, b).view(views.shape[:2]).mean(1)

@@ -18,13 +18,10 @@ SOURCE = (
 _MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided": "? undecided"}
 
 
-def write_page(results: Sequence[Results], facts: dict[str, str], path: Path) -> Path:
-    """One HTML file without remote content, with the plots that lie beside it.
-
-    `facts` says how it was made: command, date, device, …
-    """
+def write_page(results: Sequence[Results], path: Path) -> Path:
+    """One HTML file without remote content, with the plots and pictures that lie beside it."""
     css = files("convlora.integrations.eg3d.report").joinpath("page.css").read_text(encoding="utf-8")
-    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    found = "".join(f'<li><a href="#{escape(one.name)}">{escape(one.title)}</a>{_marks(one)}</li>' for one in results)
     body = "\n".join(_section(one, path.parent) for one in results)
     write_text(
         path,
@@ -32,8 +29,9 @@ def write_page(results: Sequence[Results], facts: dict[str, str], path: Path) ->
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>My3DGen's studies, repeated</title><style>{css}</style></head>
 <body><main><h1>My3DGen's studies, repeated</h1>
-<p class="notice" role="note">{escape(SOURCE)} Intervals are 95 %, by bootstrap over people, then photos.</p>
-<dl>{told}</dl>
+<p class="notice" role="note">{escape(SOURCE)} Intervals are 95 %, by bootstrap over people, then photos; with few people
+they are too narrow rather than too wide.</p>
+<ul>{found}</ul>
 {body}
 </main></body></html>
 """,
@@ -48,13 +46,11 @@ def _section(results: Results, folder: Path) -> str:
     for model in models:
         cells = []
         for metric in results.metrics:
-            has = any(value.model == model and value.metric == metric for value in results.values)
-            ours = escape(str(results.interval(model, metric))) if has else "–"
+            ours = escape(str(results.interval(model, metric))) if results.has(model, metric) else "–"
             paper = results.paper.get(model, {}).get(metric)
             cells.append(f"<td>{ours}" + (f"<br><small>paper {escape(paper)}</small>" if paper else "") + "</td>")
         rows.append(f'<tr><th scope="row">{escape(model)}</th>{"".join(cells)}</tr>')
     claims = []
-    picture = _picture(results, folder)
     for claim in results.claims:
         verdict, found = results.verdict(claim)
         claims.append(
@@ -65,16 +61,24 @@ def _section(results: Results, folder: Path) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in [meaning, *results.notes])
     people = len({value.person for value in results.values})
     listed = f"<ul>{''.join(claims)}</ul>" if claims else ""
+    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in results.facts.items())
+    plot = _picture(folder / f"{results.name}.png", f"{results.title}: means and intervals")
+    examples = _picture(folder / f"{results.name}_pictures.png", f"{results.title}: pictures of one person")
     return f"""<section id="{escape(results.name)}"><h2>{escape(results.title)}</h2>
 <p>{people} people, {len(results.values):,} values.</p>
 <div class="scroll"><table class="numbers"><thead><tr><th>model</th>{head}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
-{picture}{listed}{notes}</section>"""
+{listed}{plot}{examples}{notes}<dl class="notes">{told}</dl></section>"""
 
 
-def _picture(results: Results, folder: Path) -> str:
-    file = folder / f"{results.name}.png"
+def _marks(results: Results) -> str:
+    """Every claim's mark with its text."""
+    told = ((_MARKS[results.verdict(claim)[0]], claim) for claim in results.claims)
+    return "".join(f"<br><small>{mark}: {escape(claim.text)} ({escape(claim.metric)})</small>" for mark, claim in told)
+
+
+def _picture(file: Path, alt: str) -> str:
     if not file.is_file():
         return ""
     data = base64.b64encode(file.read_bytes()).decode("ascii")
-    return f'<img alt="{escape(results.title)}: means and intervals" src="data:image/png;base64,{data}">'
+    return f'<p><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></p>'

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from convlora.errors import ConvloraError
-from convlora.files import replacing
+from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d.metrics.bootstrap import Interval, bootstrap, paired_difference
 from convlora.integrations.eg3d.run_folder import write_text
+from convlora.integrations.eg3d.studies.plots import plot
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 
@@ -57,6 +57,8 @@ class Results:
     paper: dict[str, dict[str, str]] = field(default_factory=dict)  # model -> metric -> the paper's number
     values: list[Value] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    axis: str | None = None  # a name that items end with, before a number: results are drawn as curves over it
+    facts: dict[str, str] = field(default_factory=dict)  # how it was made: command, date, device, …
 
     def add(self, model: str, metric: str, person: str, seed: int, values: Mapping[str, float]) -> None:
         if metric not in self.metrics:
@@ -65,6 +67,9 @@ class Results:
 
     def models(self) -> list[str]:
         return list(dict.fromkeys(value.model for value in self.values))
+
+    def has(self, model: str, metric: str) -> bool:
+        return any((value.model, value.metric) == (model, metric) for value in self.values)
 
     def interval(self, model: str, metric: str) -> Interval:
         """The mean over people with its 95 % interval."""
@@ -95,9 +100,8 @@ class Results:
         for model in self.models():
             cells = [model]
             for metric in self.metrics:
-                has = any(v.model == model and v.metric == metric for v in self.values)
                 paper = self.paper.get(model, {}).get(metric)
-                text = str(self.interval(model, metric)) if has else "–"
+                text = str(self.interval(model, metric)) if self.has(model, metric) else "–"
                 cells.append(text + (f"  (paper {paper})" if paper else ""))
             rows.append(cells)
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -115,9 +119,7 @@ class Results:
         people = {value.person for value in self.values}
         summary = {
             model: {
-                metric: self.interval(model, metric)._asdict()
-                for metric in self.metrics
-                if any(v.model == model and v.metric == metric for v in self.values)
+                metric: self.interval(model, metric)._asdict() for metric in self.metrics if self.has(model, metric)
             }
             for model in self.models()
         }
@@ -128,38 +130,9 @@ class Results:
         ]
         return {
             "study": self.name, "title": self.title, "metrics": self.metrics, "people": len(people),
-            "summary": summary, "paper": self.paper, "claims": claims, "notes": self.notes,
+            "summary": summary, "paper": self.paper, "claims": claims, "notes": self.notes, "axis": self.axis,
+            "facts": self.facts,
         }  # fmt: skip
-
-    def plot(self, path: Path) -> Path:
-        """Write a PNG: for every metric a dot per model, with its interval.
-
-        Raises:
-            ConvloraError: matplotlib is not installed.
-        """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ConvloraError('plots need matplotlib: pip install "convlora[plot]"') from None
-        models = self.models()
-        figure = Figure(figsize=(3.2 * len(self.metrics) + 1, 0.9 + 0.32 * len(models)), layout="constrained")
-        FigureCanvasAgg(figure)
-        for axes, metric in zip(figure.subplots(1, len(self.metrics), squeeze=False)[0], self.metrics):
-            for row, model in enumerate(models):
-                if any(value.model == model and value.metric == metric for value in self.values):
-                    found = self.interval(model, metric)
-                    axes.plot([found.low, found.high], [row, row], color="C0", linewidth=2)
-                    axes.plot(found.mean, row, "o", color="C0")
-            axes.set_yticks(range(len(models)), models if axes.get_subplotspec().is_first_col() else [], fontsize=8)
-            axes.set_ylim(len(models) - 0.5, -0.5)
-            axes.set_title(metric, fontsize=9)
-            axes.tick_params(axis="x", labelsize=8)
-            axes.grid(axis="x", alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-        return path
 
     def write(self, folder: Path) -> list[Path]:
         """`<name>.json`, `<name>.csv` with every value on a line, and `<name>.png` where matplotlib is installed."""
@@ -171,8 +144,27 @@ class Results:
         write_text(table, text.getvalue())
         write_text(data, json.dumps(self.json(), indent=1, ensure_ascii=False))
         with contextlib.suppress(ConvloraError):
-            return [data, table, self.plot(folder / f"{self.name}.png")]
+            return [data, table, plot(self, folder / f"{self.name}.png")]
         return [data, table]
+
+    @staticmethod
+    def read(folder: Path, name: str) -> Results:
+        """What `write` wrote.
+
+        Raises:
+            FileError: a file is missing, or damaged.
+        """
+        try:
+            told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            rows = list(csv.DictReader((folder / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
+            values = [
+                Value(r["model"], r["metric"], r["person"], int(r["seed"]), r["item"], float(r["value"])) for r in rows
+            ]
+            claims = [Claim(**{key: claim[key] for key in Claim._fields}) for claim in told["claims"]]
+            kept = {key: told[key] for key in ("title", "metrics", "paper", "notes", "axis", "facts")}
+            return Results(name, claims=claims, values=values, **kept)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileError(f"{folder} holds no readable results of study {name}: {error!r}") from error
 
     def _of(self, model: str, metric: str) -> dict[str, dict[str, float]]:
         """person -> (seed and item) -> value."""

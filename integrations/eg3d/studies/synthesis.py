@@ -13,6 +13,7 @@ from convlora.integrations.eg3d.studies.results import Results, by_name
 from convlora.integrations.eg3d.tasks import interpolate, synthesize
 
 MODELS = (PRETRAINED, FULL, LORA)
+_SHOWN = 8  # pictures in a row of the page
 
 
 def table_2(cohort: Cohort, effort: Effort) -> Results:
@@ -29,19 +30,21 @@ def table_2(cohort: Cohort, effort: Effort) -> Results:
     }
     results = Results("T2", "Synthesis (table 2)", metrics, claims(), paper)
     perceptual = cohort.networks.perceptual
-    for subject in cohort.subjects():
+    for subject in cohort.measuring(results, effort):
         album, hull = cohort.album(subject), cohort.hull(subject, dilation=1.0)
+        shown = [("photos", album.images[:_SHOWN])]
         for kind in MODELS:
             made = synthesize(
                 cohort.model(subject, kind), hull, effort.samples, seed=subject.seed, progress=cohort.progress
             )
-            who = (subject.person.name, subject.seed)
             scores = id_sim(cohort.embed(made.images), subject.reference)
-            results.add(kind.label, "ID_sim", *who, by_name(map(str, range(effort.samples)), scores))
+            results.add(kind.label, "ID_sim", *subject.who, by_name(map(str, range(effort.samples)), scores))
             assert isinstance(perceptual, PerceptualDistance)
             found = diversity(made.images, album.images, perceptual, seed=subject.seed)
-            results.add(kind.label, "diversity", *who, {"all": found.mean})
-            results.add(kind.label, "diversity_std", *who, {"all": found.std})
+            results.add(kind.label, "diversity", *subject.who, {"all": found.mean})
+            results.add(kind.label, "diversity_std", *subject.who, {"all": found.std})
+            shown.append((kind.label, made.images[:_SHOWN]))
+        cohort.show(results, subject, shown)
     results.notes.append(
         "The paper calls its numbers the standard deviation of pairwise LPIPS; they read like its mean. Both are given."
     )
@@ -65,9 +68,9 @@ def interpolated_identity(cohort: Cohort, subject: Subject, kind: Kind, effort: 
 def figure_4(cohort: Cohort, effort: Effort) -> Results:
     """Identity along the line between two anchors."""
     metrics = {"ID_sim": "over novel views at every point of the line; higher is better"}
-    results = Results("F4", "Interpolation (figure 4)", metrics, claims())
-    for subject in cohort.subjects():
+    results = Results("F4", "Interpolation (figure 4)", metrics, claims(), axis="weight")
+    for subject in cohort.measuring(results, effort):
         for kind in MODELS:
             scores = interpolated_identity(cohort, subject, kind, effort)
-            results.add(kind.label, "ID_sim", subject.person.name, subject.seed, scores)
+            results.add(kind.label, "ID_sim", *subject.who, scores)
     return results

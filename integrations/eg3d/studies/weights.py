@@ -19,13 +19,13 @@ def figure_9(cohort: Cohort, effort: Effort) -> Results:
     ]  # fmt: skip
     metrics = {"change": "‖ΔW‖/‖W₀‖ in percent, Frobenius norms in effective units"}
     results = Results("F9", "Weight change by block (figure 9)", metrics, claims)
-    for subject in cohort.subjects():
-        model, who = cohort.model(subject, LORA), (subject.person.name, subject.seed)
+    for subject in cohort.measuring(results, effort):
+        model = cohort.model(subject, LORA)
         rows = convlora.weight_change(convlora.Adapter.of(model), by="block")
         change = {row.name.rpartition(".")[2] if "synthesis" in row.name else row.name: 100 * row.ratio for row in rows}
         for block, value in change.items():
-            results.add(block, "change", *who, {"all": value})
+            results.add(block, "change", *subject.who, {"all": value})
         for group in (middle, outer):
             mean = sum(change[block] for block in group) / len(group)
-            results.add("mean of " + ", ".join(group), "change", *who, {"all": mean})
+            results.add("mean of " + ", ".join(group), "change", *subject.who, {"all": mean})
     return results
