@@ -22,10 +22,10 @@ from convlora.integrations.eg3d.anchors import Anchors, find_anchors
 from convlora.integrations.eg3d.checkpoint import load_generator, save_generator
 from convlora.integrations.eg3d.demo import LAB_SETTINGS
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
+from convlora.integrations.eg3d.images import Rows, save_sheet
 from convlora.integrations.eg3d.networks import lab_networks
 from convlora.integrations.eg3d.personalize import TARGETS, inject_personal, parameter_groups, tune, unfreeze
 from convlora.integrations.eg3d.pipeline import Networks, Settings
-from convlora.integrations.eg3d.images import Rows, save_sheet
 from convlora.integrations.eg3d.run_folder import RunFolder, write_text
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.results import Results, Value

@@ -45,7 +45,7 @@ def table_4(cohort: Cohort, effort: Effort) -> Results:
     metrics = {
         "ID_sim": "of the edited picture, largest cosine with the person's photos; higher is better",
         "change": "of the edited attribute, upwards minus downwards, by the lab's estimate; higher is better",
-        "true change": "the same, by the drawn change closest to the pictures', in standard deviations; higher is better",
+        "true change": "the same, by the closest drawn change, in standard deviations; higher is better",
         "purity": "share of the pictures' change that the attribute explains, at most 1; higher is better",
         "accuracy": "of the direction on held-out samples; higher is better",
     }

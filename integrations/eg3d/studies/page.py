@@ -29,8 +29,8 @@ def write_page(results: Sequence[Results], path: Path) -> Path:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>My3DGen's studies, repeated</title><style>{css}</style></head>
 <body><main><h1>My3DGen's studies, repeated</h1>
-<p class="notice" role="note">{escape(SOURCE)} Intervals are 95 %, by bootstrap over people, then photos; with few people
-they are too narrow rather than too wide.</p>
+<p class="notice" role="note">{escape(SOURCE)} Intervals are 95 %, by bootstrap over people, then photos;
+with few people they are too narrow rather than too wide.</p>
 <ul>{found}</ul>
 {body}
 </main></body></html>

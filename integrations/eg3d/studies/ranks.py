@@ -12,7 +12,7 @@ _SHOWN = 6
 
 
 def figure_8(cohort: Cohort, effort: Effort) -> Results:
-    """Every training photo rendered from its anchor by adapters of several ranks, judged inside and outside the head."""
+    """Every training photo rendered from its anchor at several ranks, judged inside and outside the head."""
     from convlora.integrations.eg3d.lab import people
 
     kinds = [*(Kind(rank=rank) for rank in effort.ranks), FULL]
