@@ -24,7 +24,7 @@ from convlora.integrations.eg3d.demo import LAB_SETTINGS
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.images import Rows, save_sheet
 from convlora.integrations.eg3d.networks import lab_networks
-from convlora.integrations.eg3d.personalize import TARGETS, inject_personal, parameter_groups, tune, unfreeze
+from convlora.integrations.eg3d.personalize import TARGETS, Preset, inject_personal, parameter_groups, tune, unfreeze
 from convlora.integrations.eg3d.pipeline import Networks, Settings
 from convlora.integrations.eg3d.run_folder import RunFolder, write_text
 from convlora.integrations.eg3d.studies.effort import Effort
@@ -42,6 +42,7 @@ class Kind(NamedTuple):
     rank: int = 1
     photos: int | None = None  # of the album; None: the cohort's number
     numbers_of: str | None = None  # a method: ranks are raised until as many numbers are trained as by it
+    preset: Preset = "true_rank"
 
     @property
     def label(self) -> str:
@@ -49,6 +50,7 @@ class Kind(NamedTuple):
             return {"pretrained": "pretrained", "full": "full fine-tuning"}[self.method]
         name = "LoRA" if self.method == "lora" else self.method
         size = "" if self.numbers_of is None else f" with the numbers of {self.numbers_of}"
+        size += "" if self.preset == "true_rank" else f" {self.preset} preset"
         return f"{name} rank {self.rank}{size}" + ("" if self.photos is None else f", {self.photos} photos")
 
 
@@ -275,7 +277,7 @@ def inject_kind(model: TriPlaneGenerator, kind: Kind) -> Adapter:
     if kind.method != "lora":
         return convlora.inject(model, kind.method, kind.rank, targets=list(TARGETS), train=["decoder"])
     if kind.numbers_of is None:
-        return inject_personal(model, kind.rank)
+        return inject_personal(model, kind.rank, kind.preset)
     wanted = trainables(model, Kind(kind.numbers_of, kind.rank))
     left = wanted - trainables(model, Kind(rank=kind.rank))
     ranks = {}
