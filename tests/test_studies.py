@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from html import escape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from convlora import cli
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d.metrics.checkerboard import checkerboard
 from convlora.integrations.eg3d.studies import STUDIES, Cohort
+from convlora.integrations.eg3d.studies.cohort import Subject
+from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.page import SOURCE, write_page
 from convlora.integrations.eg3d.studies.results import Claim, Results
 
@@ -96,6 +99,29 @@ def test_checkerboards_are_told_from_noise_and_from_shapes() -> None:
     assert scores[0] > 0.5 and scores[1] > 0.5 and scores[2] < 0.15 and scores[3] < 0.15
     with pytest.raises(ConvloraError, match="R ≥ 32"):
         checkerboard(zero[..., :8, :8], zero[..., :8, :8])
+
+
+def test_what_was_measured_of_a_person_is_kept_unless_the_effort_differs(tmp_path, monkeypatch) -> None:
+    people = [Subject(SimpleNamespace(name=name), 0, None, None, torch.empty(0)) for name in ("A B", "C")]  # type: ignore[arg-type]
+    monkeypatch.setattr(Cohort, "subjects", lambda self: people)
+    cohort = Cohort(tmp_path, 2, 1)
+
+    def measure(effort: Effort, stop_at: str = "") -> tuple[list[str], Results]:
+        found, asked = Results("T0", "A study", {"score": "higher is better"}), []
+        for subject in cohort.measuring(found, effort):
+            asked.append(subject.person.name)
+            if subject.person.name == stop_at:
+                raise KeyboardInterrupt
+            found.add("A", "score", *subject.who, {"a": len(asked) / 10})
+        return asked, found
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(Effort(), stop_at="C")
+    asked, first = measure(Effort())
+    assert asked == ["C"] and [value.person for value in first.values] == ["A B", "C"]
+    asked, second = measure(Effort())
+    assert asked == [] and second.values == first.values
+    assert measure(Effort(views=3))[0] == ["A B", "C"]
 
 
 def test_cohorts_and_names_that_cannot_be_are_refused(tmp_path, capsys) -> None:
