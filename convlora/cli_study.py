@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def add_verb(eg3d: Any) -> None:
     study = eg3d.add_parser("study", help="a table or figure of My3DGen's paper, on procedural people")
     study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F8, F9, F11, F12, X1, or all")
     study.add_argument("--out", type=Path, default=Path("out/studies"), help="folder; models in it are used again")
-    study.add_argument("--identities", type=int, default=9, metavar="N", help="people (default 9)")
+    study.add_argument("--identities", type=int, metavar="N", help="people (default 9, or all albums)")
     study.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each (default 3)")
     study.add_argument("--photos", type=int, default=50, metavar="N", help="photos to learn from (default 50)")
     study.add_argument("--largest", type=int, default=100, metavar="N", help="photos drawn of each (default 100)")
@@ -31,6 +32,13 @@ def add_verb(eg3d: Any) -> None:
     study.add_argument("--jobs", type=int, default=1, metavar="N", help="people learnt side by side (default 1)")
     for name in _NUMBERS:
         study.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS)
+    study.add_argument("--generator", default="lab", help='"lab", "lab-cats" or a generator, with --albums')
+    study.add_argument("--albums", type=Path, nargs="+", default=[], metavar="ALBUM", help="of people, one each")
+    study.add_argument("--perceptual", metavar="NAME[:PATH]", help="the perceptual distance, as for personalize")
+    study.add_argument("--identity", metavar="NAME[:PATH]", help="the identity encoder, as for personalize")
+    study.add_argument(
+        "--score", metavar="MODULE:FUNCTION", help="(images, labels, attribute) -> (N,), for T4 on photographs"
+    )
     study.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
     study.add_argument("--quiet", action="store_true", help="no progress bars")
     study.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -44,33 +52,53 @@ def _study(options: argparse.Namespace) -> Output:
     from dataclasses import replace
 
     from convlora.integrations.eg3d.demo import LAB_SETTINGS
-    from convlora.integrations.eg3d.pipeline import environment
+    from convlora.integrations.eg3d.pipeline import Settings, environment
     from convlora.integrations.eg3d.studies import STUDIES, Cohort, Results
-    from convlora.integrations.eg3d.studies.effort import LAB
-    from convlora.integrations.eg3d.studies.page import SOURCE, write_page
+    from convlora.integrations.eg3d.studies.effort import LAB, Effort
+    from convlora.integrations.eg3d.studies.page import DRAWN, PHOTOGRAPHS, write_page
     from convlora.integrations.eg3d.studies.run import run_studies
 
+    drawn = not options.albums
     names = list(STUDIES) if options.names == ["all"] else options.names
+    if options.names == ["all"] and options.generator != "lab":  # what these need, only drawn people have
+        names = [name for name in names if name != "X1" and (name != "T4" or options.score)]
     given: dict[str, Any] = {name: getattr(options, name) for name in _NUMBERS if getattr(options, name) is not None}
-    effort = replace(LAB, sizes=_list(options.sizes), ranks=_list(options.ranks), **given)
+    effort = replace(LAB if drawn else Effort(), sizes=_list(options.sizes), ranks=_list(options.ranks), **given)
     if options.enhanced is not None:
         effort = replace(effort, photos=options.enhanced)
-    settings = LAB_SETTINGS if options.steps is None else replace(LAB_SETTINGS, steps=options.steps)
+    settings = LAB_SETTINGS if drawn else Settings()
+    settings = settings if options.steps is None else replace(settings, steps=options.steps)
+    albums = tuple(options.albums[: options.identities])
     cohort = Cohort(
-        options.out, options.identities, options.seeds, options.photos, options.largest, options.tests, settings,
-        options.device, not options.quiet,
+        options.out, options.identities or len(albums) or 9, options.seeds, options.photos, options.largest,
+        options.tests, settings, options.device, not options.quiet, options.generator, albums, options.perceptual,
+        options.identity, None if options.score is None else _function(options.score),
     )  # fmt: skip
     command = shlex.join(["convlora", *sys.argv[1:]])
+    origin = DRAWN if drawn else PHOTOGRAPHS
     written = []
     results = run_studies(names, cohort, effort, options.jobs)
     for found in results:
-        found.facts = {"command": command, "effort": str(effort), **environment(options.device)}
+        found.facts = {"data": origin, "command": command, "effort": str(effort), **environment(options.device)}
         written += found.write(options.out)
     known = [name for name in STUDIES if (options.out / f"{name}.json").is_file()]
     page = write_page([Results.read(options.out, name) for name in known], options.out / "studies.html")
     text = "\n\n".join(f"{one.title}\n\n{one.table()}\n\n{one.verdicts()}" for one in results)
     data = {"page": str(page), "files": [str(path) for path in written], "studies": [one.json() for one in results]}
-    return Output(f"{text}\n\n{SOURCE}\npage  {page}", data)
+    return Output(f"{text}\n\n{origin}\npage  {page}", data)
+
+
+def _function(text: str) -> Any:
+    """The object that MODULE:FUNCTION names; the module may lie in the current folder."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConvloraError(f"--score {text}: {error}; it is MODULE:FUNCTION of an importable module") from error
+    finally:
+        sys.path.remove("")
+    return found
 
 
 def _list(text: str) -> tuple[int, ...]:

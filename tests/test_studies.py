@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from html import escape
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +14,15 @@ import torch
 
 from convlora import cli
 from convlora.errors import ConvloraError, FileError
+from convlora.integrations.eg3d import lab
 from convlora.integrations.eg3d.metrics.checkerboard import checkerboard
+from convlora.integrations.eg3d.pipeline import Settings
 from convlora.integrations.eg3d.studies import STUDIES, Cohort
 from convlora.integrations.eg3d.studies.cohort import Subject
 from convlora.integrations.eg3d.studies.effort import Effort
-from convlora.integrations.eg3d.studies.page import SOURCE, write_page
+from convlora.integrations.eg3d.studies.page import DRAWN, write_page
 from convlora.integrations.eg3d.studies.results import Claim, Results
+from convlora.integrations.eg3d.studies.run import run_studies
 
 
 def results(gap: float, people: int = 8) -> Results:
@@ -68,12 +71,12 @@ def test_everything_is_written_and_read_again(tmp_path) -> None:
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 96 and float(rows[0]["value"]) == found.values[0].value
     assert "(paper .5)" in found.table() and "holds: B is better than A" in found.verdicts()
-    found.facts = {"command": "<script>"}
+    found.facts = {"command": "<script>", "data": DRAWN}
     found.write(tmp_path)
     again = Results.read(tmp_path, "T0")
     assert again == found
     page = write_page([again], tmp_path / "page.html").read_text()
-    assert escape(SOURCE) in page and "✓ holds" in page and "paper .5" in page and "<script>" not in page
+    assert escape(DRAWN) in page and "✓ holds" in page and "paper .5" in page and "<script>" not in page
     assert "data:image/png;base64," in page
     (tmp_path / "T0.csv").write_text("model,metric\n1,2\n")
     with pytest.raises(FileError, match="no readable results of study T0"):
@@ -102,15 +105,15 @@ def test_checkerboards_are_told_from_noise_and_from_shapes() -> None:
 
 
 def test_what_was_measured_of_a_person_is_kept_unless_the_effort_differs(tmp_path, monkeypatch) -> None:
-    people = [Subject(SimpleNamespace(name=name), 0, None, None, torch.empty(0)) for name in ("A B", "C")]  # type: ignore[arg-type]
+    people = [Subject(name, 0, None, None, torch.empty(0)) for name in ("A B", "C")]  # type: ignore[arg-type]
     monkeypatch.setattr(Cohort, "subjects", lambda self: people)
     cohort = Cohort(tmp_path, 2, 1)
 
     def measure(effort: Effort, stop_at: str = "") -> tuple[list[str], Results]:
         found, asked = Results("T0", "A study", {"score": "higher is better"}), []
         for subject in cohort.measuring(found, effort):
-            asked.append(subject.person.name)
-            if subject.person.name == stop_at:
+            asked.append(subject.name)
+            if subject.name == stop_at:
                 raise KeyboardInterrupt
             found.add("A", "score", *subject.who, {"a": len(asked) / 10})
         return asked, found
@@ -131,6 +134,52 @@ def test_cohorts_and_names_that_cannot_be_are_refused(tmp_path, capsys) -> None:
     assert "no study T9; there are T1, T2" in capsys.readouterr().err
     assert cli.main(["eg3d", "study", "T5", "--ranks", "1,x", "--out", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def albums(tmp_path_factory):
+    """Two people's albums as a user would bring them."""
+    folder = tmp_path_factory.mktemp("albums")
+    return tuple(
+        lab.write_album(lab.Person(name, seed), folder / name, 3, 1) for name, seed in (("Ann", 1), ("Ben", 2))
+    )
+
+
+QUICK = Settings(anchor_steps=1, steps=1, batch_size=2)
+
+
+def test_albums_of_photographs_are_studied_without_the_lab_s_truth(tmp_path, albums) -> None:
+    cohort = Cohort(tmp_path, 1, 1, 2, 3, 1, QUICK, progress=False, albums=albums[:1])
+    [found] = run_studies(["F8"], cohort, Effort(ranks=(1, 2)))
+    assert {value.person for value in found.values} == {"Ann"} and list(found.metrics) == ["PSNR"]
+    assert found.models() == ["LoRA rank 1", "LoRA rank 2", "full fine-tuning"] and not found.claims
+    [again] = run_studies(["F8"], Cohort(tmp_path, 1, 1, 2, 3, 1, QUICK, albums=albums[:1]), Effort(ranks=(1, 2)))
+    assert again.values == found.values
+    with pytest.raises(ConvloraError, match="other settings|albums"):
+        run_studies(["F8"], Cohort(tmp_path, 1, 1, 2, 3, 1, QUICK, albums=albums[1:]), Effort())
+    with pytest.raises(ConvloraError, match="no such twins"):
+        run_studies(["X1"], cohort, Effort())
+
+
+def test_albums_that_do_not_suffice_are_refused(tmp_path, albums) -> None:
+    with pytest.raises(ConvloraError, match="3 photos to learn from and 1 held out; 4 and at least 1 are needed"):
+        Cohort(tmp_path, 2, 1, 4, 9, albums=albums).subjects()
+    with pytest.raises(ConvloraError, match="theirs are Ann, Ann"):
+        Cohort(tmp_path, 2, 1, 2, 9, albums=(albums[0], albums[0])).subjects()
+    with pytest.raises(ConvloraError, match="identities=3 must be the number of albums, 2"):
+        Cohort(tmp_path, 3, 1, 2, 9, albums=albums)
+    with pytest.raises(ConvloraError, match="no drawn people for ffhq.safetensors"):
+        Cohort(tmp_path, generator="ffhq.safetensors")
+    subject = Cohort(tmp_path, 2, 1, 2, 9, albums=albums).subjects()[0]
+    with pytest.raises(ConvloraError, match="Ann has 3 photos to learn from, not 5"):
+        Cohort(tmp_path, 2, 1, 2, 9, albums=albums).album(subject, 5)
+    empty = tmp_path / "empty"
+    shutil.copytree(albums[0], empty)
+    manifest = json.loads((empty / "manifest.json").read_text())
+    manifest["split"]["train"] += manifest["split"].pop("test")
+    (empty / "manifest.json").write_text(json.dumps(manifest | {"split": {**manifest["split"], "test": []}}))
+    with pytest.raises(ConvloraError, match="4 photos to learn from and 0 held out"):
+        Cohort(tmp_path, 1, 1, 2, 9, albums=(empty,)).subjects()
 
 
 SMALL = (

@@ -11,6 +11,8 @@ from torch import Tensor
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.lab import world
+from convlora.integrations.eg3d.lab._species import Species
+from convlora.integrations.eg3d.lab._species import species as species_of
 
 
 class Truth(NamedTuple):
@@ -21,13 +23,16 @@ class Truth(NamedTuple):
     masks: Tensor
 
 
-def true_views(params: Tensor, traits: Tensor, labels: Tensor, resolution: int, depth_resolution: int) -> Truth:
+def true_views(
+    params: Tensor, traits: Tensor, labels: Tensor, resolution: int, depth_resolution: int,
+    species: str | Species = "people",
+) -> Truth:  # fmt: skip
     """N photographed moments, params (N, PARAM_DIM) and traits (N, TRAIT_DIM), from cameras labels (V, 25)."""
     count, views = len(params), len(labels)
     poses, _ = cameras.split_label(labels.repeat(count, 1))
     rows = params.repeat_interleave(views, 0), traits.repeat_interleave(views, 0)
-    image = world.render(*rows, poses, None, resolution).image
-    coarse = world.render(*rows, poses, None, depth_resolution, supersample=1)
+    image = world.render(*rows, poses, None, resolution, species=species).image
+    coarse = world.render(*rows, poses, None, depth_resolution, supersample=1, species=species)
     return Truth(*(plane.unflatten(0, (count, views)) for plane in (image, coarse.depth, coarse.mask)))
 
 
@@ -51,7 +56,7 @@ class Change(NamedTuple):
 
 def attribute_change(
     before: Tensor, after: Tensor, params: Tensor, traits: Tensor, labels: Tensor, name: str, *, reach: float = 3.0,
-    count: int = 25,
+    count: int = 25, species: str | Species = "people",
 ) -> Change:  # fmt: skip
     """By how much an edit moved an attribute, found without any network.
 
@@ -63,14 +68,15 @@ def attribute_change(
     Raises:
         ConvloraError: no such attribute, an even count (0 would not be among the amounts).
     """
-    if name not in world.PARAM_NAMES or count % 2 == 0:
-        raise ConvloraError(f"no attribute {name!r} (there are {', '.join(world.PARAM_NAMES)}), or an even {count=}")
+    names = species_of(species).param_names
+    if name not in names or count % 2 == 0:
+        raise ConvloraError(f"no attribute {name!r} (there are {', '.join(names)}), or an even {count=}")
     poses, _ = cameras.split_label(labels)
     amounts = torch.linspace(-reach, reach, count)
     rows = params.repeat(count, 1)
-    rows[:, world.PARAM_NAMES.index(name)] += amounts.repeat_interleave(len(params))
+    rows[:, names.index(name)] += amounts.repeat_interleave(len(params))
     side = before.shape[-1]
-    drawn = world.render(rows, traits.repeat(count, 1), poses.repeat(count, 1, 1), None, side)
+    drawn = world.render(rows, traits.repeat(count, 1), poses.repeat(count, 1, 1), None, side, species=species)
     images, masks = drawn.image.unflatten(0, (count, -1)), drawn.mask.unflatten(0, (count, -1))
     middle = count // 2
     head = torch.maximum(masks, masks[middle])  # what the head covers before or after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,11 @@ from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos, load_album
 from convlora.integrations.eg3d.anchors import Anchors, find_anchors
-from convlora.integrations.eg3d.checkpoint import load_generator, save_generator
+from convlora.integrations.eg3d.checkpoint import SHIPPED, load_generator, save_generator
 from convlora.integrations.eg3d.demo import LAB_SETTINGS
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.images import Rows, save_sheet
-from convlora.integrations.eg3d.networks import lab_networks
+from convlora.integrations.eg3d.networks import choose_networks
 from convlora.integrations.eg3d.personalize import TARGETS, Preset, inject_personal, parameter_groups, tune, unfreeze
 from convlora.integrations.eg3d.pipeline import Networks, Settings
 from convlora.integrations.eg3d.run_folder import RunFolder, write_text
@@ -32,7 +32,11 @@ from convlora.integrations.eg3d.studies.results import Results, Value
 from convlora.integrations.eg3d.tasks.hull import Hull, make_hull
 
 if TYPE_CHECKING:
+    from convlora.integrations.eg3d.lab import Person, Species
     from convlora.integrations.eg3d.lab.truth import Truth
+
+#: An attribute of pictures: (images, labels, attribute) -> (N,).
+Score = Callable[[Tensor, Tensor, str], Tensor]
 
 
 class Kind(NamedTuple):
@@ -60,22 +64,33 @@ PRETRAINED, FULL, LORA = Kind("pretrained"), Kind("full"), Kind()
 class Subject(NamedTuple):
     """One person in one repetition: what every study measures with."""
 
-    person: Any  # lab.Person
+    name: str
     seed: int
     train: Photos
     test: Photos
     reference: Tensor  # identity embeddings (K, D) of all photos outside the test set
+    drawn: Person | None = None  # who the lab drew; None: somebody's photographs
 
     @property
     def who(self) -> tuple[str, int]:
-        return self.person.name, self.seed
+        return self.name, self.seed
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Lab people 0 … identities − 1, each learnt `seeds` times, in the folder `out`.
+    """The people of a study, each learnt `seeds` times, in the folder `out`.
 
-    `largest` photos are drawn of each, more than any study learns from; reference embeddings are of all of them.
+    Without `albums` they are drawn: individuals 0 … identities − 1 of the lab's species that `generator` ("lab" or
+    "lab-cats") was trained on. `largest` photos are drawn of each, more than any study learns from. With `albums`,
+    folders that `load_album` reads, they are the people there, and `identities` is their number.
+
+    Reference embeddings are of all photos outside the test set. `perceptual_net` and `identity_net` choose the
+    networks as in `choose_networks`. `score(images (N, 3, R, R), labels (N, 25), attribute)` -> (N,) is what directions
+    are found with where the lab has no scores of its own.
+
+    Raises:
+        ConvloraError: numbers below 1, more photos than there are, photographs without albums or without networks to
+            measure them, albums of one name or without test photos.
     """
 
     out: Path
@@ -87,6 +102,11 @@ class Cohort:
     settings: Settings = field(default=LAB_SETTINGS)
     device: str = "cpu"
     progress: bool = True
+    generator: str = "lab"
+    albums: tuple[Path, ...] = ()
+    perceptual_net: str | None = None
+    identity_net: str | None = None
+    score: Score | None = None
     only: int | None = None  # this person alone: a worker's part
 
     def __post_init__(self) -> None:
@@ -95,18 +115,39 @@ class Cohort:
                 f"identities={self.identities}, seeds={self.seeds}, photos={self.photos} and tests={self.tests} must "
                 f"be at least 1, and photos at most largest={self.largest}"
             )
+        if not self.albums and self.generator not in SHIPPED:
+            raise ConvloraError(
+                f"there are no drawn people for {self.generator}: name the albums of those to measure with, one each"
+            )
+        if self.albums and len(self.albums) != self.identities:
+            raise ConvloraError(f"identities={self.identities} must be the number of albums, {len(self.albums)}")
+
+    @property
+    def drawn(self) -> bool:
+        """People are the lab's, and the truth about them is known."""
+        return not self.albums
+
+    @cached_property
+    def species(self) -> Species:
+        from convlora.integrations.eg3d import lab
+
+        return next(kind for kind in lab.SPECIES.values() if kind.generator == self.generator)
 
     @cached_property
     def base(self) -> TriPlaneGenerator:
-        return load_generator("lab", self.device).requires_grad_(False)
+        return load_generator(self.generator, self.device).requires_grad_(False)
 
     @cached_property
     def networks(self) -> Networks:
-        return lab_networks(self.device)
+        found, told = choose_networks(self.generator, self.perceptual_net, self.identity_net, self.device)
+        if found.perceptual is None or found.identity is None:
+            raise ConvloraError("a study needs a perceptual distance and an identity encoder: " + "; ".join(told))
+        return found
 
     def opened(self) -> RunFolder:
         """The folder with its lock; it belongs to one cohort's settings."""
         record = {name: value for name, value in vars(self).items() if name in _RECORDED}
+        record["albums"] = [str(album.resolve()) for album in self.albums]
         return RunFolder(self.out, {**record, **vars(self.settings)})
 
     def subjects(self) -> list[Subject]:
@@ -115,13 +156,20 @@ class Cohort:
 
     @cached_property
     def _everyone(self) -> list[Subject]:
-        from convlora.integrations.eg3d.lab import evaluation_people
+        chosen = slice(None) if self.only is None else slice(self.only, self.only + 1)
+        if self.albums:
+            found = [self._photographed(folder) for folder in self.albums[chosen]]
+            names = [one.name for one in found]
+            if len(set(map(_slug, names))) < len(names):
+                raise ConvloraError(f"albums must be of different people; theirs are {', '.join(names)}")
+        else:
+            from convlora.integrations.eg3d import lab
 
-        people = evaluation_people(self.identities)
-        people = people if self.only is None else people[self.only : self.only + 1]
-        return [self._subject(person, seed) for person in people for seed in range(self.seeds)]
+            people = lab.evaluation_people(self.identities, self.species)[chosen]
+            found = [self._drawn(person) for person in people]
+        return [one._replace(seed=seed) for one in found for seed in range(self.seeds)]
 
-    def _subject(self, person: Any, seed: int) -> Subject:
+    def _drawn(self, person: Person) -> Subject:
         from convlora.integrations.eg3d import lab
 
         folder = self.out / _slug(person.name) / "album"
@@ -129,8 +177,17 @@ class Cohort:
             for half_done in folder.glob("*"):
                 half_done.unlink()
             lab.write_album(person, folder, train=self.largest, test=self.tests, resolution=self.base.img_resolution)
-        album = load_album(folder, self.base.img_resolution)
-        return Subject(person, seed, album.train, album.test, self.embed(album.train.images))
+        return self._photographed(folder)._replace(drawn=person)
+
+    def _photographed(self, folder: Path) -> Subject:
+        album = load_album(folder, self.base.img_resolution, self.tests)
+        if len(album.train) < self.photos or not len(album.test):
+            raise ConvloraError(
+                f"{folder} has {len(album.train)} photos to learn from and {len(album.test)} held out; "
+                f"{self.photos} and at least 1 are needed"
+            )
+        train, test = album.train, album.test
+        return Subject(album.person, 0, train, test.first(self.tests), self.embed(train.images))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -164,7 +221,7 @@ class Cohort:
 
     def show(self, results: Results, subject: Subject, rows: Rows) -> None:
         """Write a sheet of pictures for the page, of the first person only."""
-        if subject.person == self._everyone[0].person and subject.seed == 0 and not self.only:
+        if subject.name == self._everyone[0].name and subject.seed == 0 and not self.only:
             save_sheet(self.out / f"{results.name}_pictures.png", rows)
 
     def held_out(self, subject: Subject, count: int | None = None) -> Photos:
@@ -175,28 +232,32 @@ class Cohort:
         """params and traits of the first `count` held-out photos: what was drawn."""
         from convlora.integrations.eg3d.lab import people
 
-        drawn = people.photos(subject.person, "test", count, 16)
-        return drawn.params, drawn.traits
+        assert subject.drawn is not None
+        shot = people.photos(subject.drawn, "test", count, 16)
+        return shot.params, shot.traits
 
     def truth(self, subject: Subject, count: int, labels: Tensor) -> Truth:
         """The first `count` held-out moments as they are from cameras labels (V, 25)."""
         from convlora.integrations.eg3d.lab.truth import true_views
 
         side = self.base.img_resolution, self.base.neural_rendering_resolution
-        return true_views(*self.moments(subject, count), labels.cpu(), *side)
+        return true_views(*self.moments(subject, count), labels.cpu(), *side, self.species)
 
     # ---------------------------------------------------------------------------------------------- a person's models
 
     def album(self, subject: Subject, count: int | None = None) -> Photos:
         """The photos to learn from: nested random subsets, others for every seed; the first `count`."""
+        count = count or self.photos
+        if count > len(subject.train):
+            raise ConvloraError(f"{subject.name} has {len(subject.train)} photos to learn from, not {count}")
         order = torch.randperm(len(subject.train), generator=torch.Generator().manual_seed(subject.seed))
-        chosen = sorted(order[: count or self.photos].tolist())
+        chosen = sorted(order[:count].tolist())
         return subject.train.part(chosen)
 
     def anchors(self, subject: Subject, count: int | None = None) -> Anchors:
         """Of the photos of `album`; a photo's anchor is found once, whatever subsets it is in."""
         photos = self.album(subject, count)
-        path = self.out / _slug(subject.person.name) / "anchors.safetensors"
+        path = self.out / _slug(subject.name) / "anchors.safetensors"
         partial = path.with_suffix(".partial")
         known = Anchors.load(path) if path.is_file() else None
         if partial.is_file():  # an interrupted search, perhaps of another subset
@@ -211,7 +272,7 @@ class Cohort:
                 self.base, photos.part(missing), settings.anchor_steps, init=self.networks.encoder or "mean",
                 perceptual=self.networks.perceptual, perceptual_weight=settings.perceptual_weight,
                 lr=settings.anchor_lr, checkpoint=partial, progress=self.progress,
-                description=f"{subject.person.name}: {len(missing)} anchors",
+                description=f"{subject.name}: {len(missing)} anchors",
             )  # fmt: skip
             known = found if known is None else known.extended(found)
             known.save(path)
@@ -253,23 +314,24 @@ class Cohort:
             model, photos, anchors, groups, steps=settings.steps, batch_size=settings.batch_size,
             perceptual=self.networks.perceptual, perceptual_weight=settings.perceptual_weight, seed=subject.seed,
             checkpoint=path.with_suffix(".ckpt"), progress=self.progress,
-            description=f"{subject.person.name}: {kind.label}",
+            description=f"{subject.name}: {kind.label}",
         )  # fmt: skip
         if kind.method == "full":
             save_generator(model.requires_grad_(False), path)
         else:
-            adapter.save(path, person=subject.person.name, consent="procedural person, none needed")
+            adapter.save(path, person=subject.name, consent=self.species.consent if self.drawn else "see its album")
         path.with_suffix(".ckpt").unlink(missing_ok=True)
 
     def folder(self, subject: Subject) -> Path:
-        return self.out / _slug(subject.person.name) / f"seed_{subject.seed}"
+        return self.out / _slug(subject.name) / f"seed_{subject.seed}"
 
     def views(self, count: int, seed: int = 0) -> Tensor:
         """(count, 25) random novel views, the same for every model."""
         return cameras.random_views(count, seed=seed, **cameras.orbit_of(self.base.rendering_kwargs))
 
 
-_RECORDED = ("photos", "largest", "tests")  # more people or seeds may be added to a cohort later
+# more people or seeds may be added to a cohort later
+_RECORDED = ("generator", "perceptual_net", "identity_net", "photos", "largest", "tests")
 
 
 def inject_kind(model: TriPlaneGenerator, kind: Kind) -> Adapter:

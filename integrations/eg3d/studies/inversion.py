@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,9 @@ from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.results import Claim, Results, by_name
 from convlora.integrations.eg3d.tasks import invert, project
 from convlora.integrations.eg3d.tasks.views import Views, render_views
+
+if TYPE_CHECKING:
+    from convlora.integrations.eg3d.lab.truth import Truth
 
 MODELS = (PRETRAINED, FULL, LORA)
 TRUTHS = {
@@ -22,7 +27,6 @@ METRICS = {
     "perceptual": "distance to the photo in its own view; lower is better",
     "PSNR": "dB, of the same; higher is better",
     "ID_sim": "of novel views, largest cosine with the person's photos; higher is better",
-    **TRUTHS,
 }
 
 
@@ -34,10 +38,13 @@ def claims(metric: str = "ID_sim", margin: float = 0.02) -> list[Claim]:
     ]
 
 
-def true_claims() -> list[Claim]:
-    """The paper's first claim, of the truths that only a drawn world knows."""
+def _measures(cohort: Cohort) -> dict[str, Any]:
+    """Metrics and claims, those of the truth included where it is known."""
+    if not cohort.drawn:
+        return {"metrics": METRICS, "claims": claims()}
     text = "LoRA comes closer to the true person than the pretrained generator"
-    return [Claim(text, metric, LORA.label, PRETRAINED.label, lower_is_better=True) for metric in TRUTHS]
+    closer = [Claim(text, metric, LORA.label, PRETRAINED.label, lower_is_better=True) for metric in TRUTHS]
+    return {"metrics": METRICS | TRUTHS, "claims": claims() + closer}
 
 
 def identity(cohort: Cohort, subject: Subject, views: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ def table_1(cohort: Cohort, effort: Effort) -> Results:
         FULL.label: {"perceptual": "LPIPS .12, DISTS .08", "ID_sim": ".60"},
         LORA.label: {"perceptual": "LPIPS .13, DISTS .08", "ID_sim": ".61"},
     }
-    results = Results("T1", "Inversion with pivotal tuning (table 1)", METRICS, claims() + true_claims(), paper)
+    results = Results("T1", "Inversion with pivotal tuning (table 1)", **_measures(cohort), paper=paper)
     for subject in cohort.measuring(results, effort):
         seen = _Seen(results, cohort, effort, subject)
         for kind in MODELS:
@@ -70,7 +77,7 @@ def table_1(cohort: Cohort, effort: Effort) -> Results:
 def figure_12(cohort: Cohort, effort: Effort) -> Results:
     """The photos' projection into the personal space, weights untouched."""
     title = "Inversion without tuning weights (figure 12)"
-    results = Results("F12", title, METRICS, claims() + true_claims())
+    results = Results("F12", title, **_measures(cohort))
     results.notes.append("The paper shows pictures of this and no numbers.")
     for subject in cohort.measuring(results, effort):
         seen = _Seen(results, cohort, effort, subject)
@@ -92,35 +99,39 @@ class _Seen:
     def __init__(self, results: Results, cohort: Cohort, effort: Effort, subject: Subject) -> None:
         self.results, self.cohort, self.subject = results, cohort, subject
         self.photos, self.cameras = cohort.held_out(subject, effort.photos), cohort.views(effort.views)
-        self.truth = cohort.truth(subject, len(self.photos), self.cameras)
-        self.own = [("photo", self.photos.images)]
-        self.turned = [("the person", self.truth.images[:, 0])]
+        self.own, self.turned = [("photo", self.photos.images)], []
+        self.truth = cohort.truth(subject, len(self.photos), self.cameras) if cohort.drawn else None
+        if self.truth is not None:
+            self.turned.append(("the person, turned", self.truth.images[:, 0]))
 
     def add(self, kind: Kind, images: Tensor, views: Views) -> None:
         """Measure a model's reconstructions (N, 3, R, R) and their novel views."""
-        from convlora.integrations.eg3d.lab.truth import depth_error
-
-        cohort, truth = self.cohort, self.truth
+        cohort = self.cohort
         values = {
             "perceptual": cohort.perceptual(images, self.photos.images),
             "PSNR": psnr(images, self.photos.images),
             "ID_sim": identity(cohort, self.subject, views.images),
-            "identity distance": _identity_distance(cohort, views.images, truth.images),
-            "view error": cohort.perceptual(views.images.flatten(0, 1), truth.images.flatten(0, 1))
-            .view(views.images.shape[:2])
-            .mean(1),
-            "depth error": depth_error(views.depths, truth).mean(1),
         }
+        if self.truth is not None:
+            values |= _truths(cohort, views, self.truth)
         for metric, found in values.items():
             self.results.add(kind.label, metric, *self.subject.who, by_name(self.photos.names, found))
         self.own.append((kind.label, images))
-        self.turned.append((kind.label, views.images[:, 0]))
+        self.turned.append((f"{kind.label}, turned", views.images[:, 0]))
 
     def show(self) -> None:
         self.cohort.show(self.results, self.subject, [*self.own, *self.turned])
 
 
-def _identity_distance(cohort: Cohort, views: Tensor, true: Tensor) -> Tensor:
-    """(N,): of views (N, V, 3, R, R), averaged over V."""
-    a, b = (cohort.embed(images.flatten(0, 1)) for images in (views, true))
-    return 1 - torch.nn.functional.cosine_similarity(a, b).view(views.shape[:2]).mean(1)
+def _truths(cohort: Cohort, views: Views, truth: Truth) -> dict[str, Tensor]:
+    """Each (N,), averaged over V."""
+    from convlora.integrations.eg3d.lab.truth import depth_error
+
+    seen, true = views.images.flatten(0, 1), truth.images.flatten(0, 1)
+    shape = views.images.shape[:2]
+    likeness = torch.nn.functional.cosine_similarity(cohort.embed(seen), cohort.embed(true))
+    return {
+        "identity distance": 1 - likeness.view(shape).mean(1),
+        "view error": cohort.perceptual(seen, true).view(shape).mean(1),
+        "depth error": depth_error(views.depths, truth).mean(1),
+    }

@@ -11,9 +11,13 @@ from pathlib import Path
 from convlora.integrations.eg3d.run_folder import write_text
 from convlora.integrations.eg3d.studies.results import Results
 
-SOURCE = (
+DRAWN = (
     "Ours come from procedural heads at 128² and a small EG3D trained on such heads; the paper's from photographs of "
     "celebrities at 512², ArcFace and LPIPS. The scales differ: compare orders and signs, not values."
+)
+PHOTOGRAPHS = (
+    "Ours come from the albums and networks that the command names, the paper's from celebrities, ArcFace and LPIPS. "
+    "They show real people: keep this page private unless they agreed to its publication."
 )
 _MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided": "? undecided"}
 
@@ -22,6 +26,7 @@ def write_page(results: Sequence[Results], path: Path) -> Path:
     """One HTML file without remote content, with the plots and pictures that lie beside it."""
     css = files("convlora.integrations.eg3d.report").joinpath("page.css").read_text(encoding="utf-8")
     found = "".join(f'<li><a href="#{escape(one.name)}">{escape(one.title)}</a>{_marks(one)}</li>' for one in results)
+    told = " ".join(dict.fromkeys(one.facts["data"] for one in results))
     body = "\n".join(_section(one, path.parent) for one in results)
     write_text(
         path,
@@ -29,7 +34,7 @@ def write_page(results: Sequence[Results], path: Path) -> Path:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>My3DGen's studies, repeated</title><style>{css}</style></head>
 <body><main><h1>My3DGen's studies, repeated</h1>
-<p class="notice" role="note">{escape(SOURCE)} Intervals are 95 %, by bootstrap over people, then photos;
+<p class="notice" role="note">{escape(told)} Intervals are 95 %, by bootstrap over people, then photos;
 with few people they are too narrow rather than too wide.</p>
 <ul>{found}</ul>
 {body}
