@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlora import cli_check, cli_import, cli_prepare, cli_study, cli_tasks
+from convlora import cli_check, cli_import, cli_page, cli_prepare, cli_study, cli_tasks
 from convlora.errors import ConvloraError
 
 #: Verbs that go on where an interrupted run of the same command stopped.
-RESUMING = ("demo", "personalize", "prepare", "synthesize", "invert", "study")
+RESUMING = ("demo", "personalize", "prepare", "study", "page", *cli_tasks.RESUMING)
 
 
 def add_verbs(verbs: Any) -> None:
@@ -49,6 +49,7 @@ def add_verbs(verbs: Any) -> None:
     cli_check.add_verb(eg3d)
     cli_tasks.add_task_verbs(eg3d)
     cli_study.add_verb(eg3d)
+    cli_page.add_verb(eg3d)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +81,11 @@ def _personalize(options: argparse.Namespace) -> None:
 
     from convlora.integrations.eg3d.album import load_album
     from convlora.integrations.eg3d.checkpoint import load_generator
-    from convlora.integrations.eg3d.demo import LAB_SETTINGS
+    from convlora.integrations.eg3d.demo import LAB_SETTINGS, lab_directions
     from convlora.integrations.eg3d.metrics import described
     from convlora.integrations.eg3d.networks import choose_networks
     from convlora.integrations.eg3d.pipeline import Settings, check_settings, personalize_album
+    from convlora.integrations.eg3d.report import Plan
     from convlora.integrations.eg3d.run_folder import RunFolder
 
     lab = options.generator == "lab"
@@ -100,7 +102,12 @@ def _personalize(options: argparse.Namespace) -> None:
         record["perceptual"] = described(networks.perceptual)
     with RunFolder(options.out, {**record, "photos": album.train.names, "held_out": album.test.names}) as out:
         command = shlex.join(["convlora", *sys.argv[1:]])
-        report = personalize_album(G, album, out, settings, networks, command=command, progress=not options.quiet)
+        shown: dict[str, Any] = {}
+        if lab:
+            shown = dict(directions=lambda hull: lab_directions(G, hull), plan=Plan(yaw=settings.yaw))
+        report = personalize_album(
+            G, album, out, settings, networks, **shown, command=command, progress=not options.quiet
+        )
     _finish(report, options.out)
 
 

@@ -1,4 +1,4 @@
-"""MODEL on the command line: "lab", a generator's file, or a function of one's own that makes the model.
+"""MODEL on the command line: "lab", "lab-cats", a generator's file, or a function of one's own that makes the model.
 
 Imported by verbs only, since it imports torch.
 """
@@ -31,28 +31,29 @@ class Loaded(NamedTuple):
 def load_model(spec: str) -> Loaded:
     """The model that MODEL means.
 
-    "lab", the .safetensors of an EG3D or StyleGAN2 generator (or its folder), or `module:function`, imported from the
-    current folder or the environment and called without arguments, `@weights.safetensors` loaded into what it returns.
+    "lab", "lab-cats", the .safetensors of an EG3D or StyleGAN2 generator (or its folder), or `module:function`,
+    imported from the current folder or the environment and called without arguments, `@weights.safetensors` loaded into
+    what it returns.
 
     Raises `ConvloraError` if it is none of these, or fails; `FileError` if a file does.
     """
     named = _FUNCTION.fullmatch(spec)
     if named:
         return _from_function(spec, **named.groupdict())
-    if spec != "lab" and not Path(spec).exists():
+    if spec not in ("lab", "lab-cats") and not Path(spec).exists():
         raise ConvloraError(
-            f"no model {spec!r}: MODEL is lab, the .safetensors file of a generator, or module:function that returns "
-            "an nn.Module, optionally module:function@weights.safetensors"
+            f"no model {spec!r}: MODEL is lab, lab-cats, the .safetensors file of a generator, or module:function that "
+            "returns an nn.Module, optionally module:function@weights.safetensors"
         )
     return _from_checkpoint(spec)
 
 
 def _from_checkpoint(spec: str) -> Loaded:
     from convlora.integrations import eg3d, stylegan2
-    from convlora.integrations.eg3d.checkpoint import LAB
+    from convlora.integrations.eg3d.checkpoint import SHIPPED
     from convlora.integrations.stylegan2.checkpoint import read_checkpoint
 
-    path = LAB if spec == "lab" else Path(spec)
+    path = SHIPPED.get(spec, Path(spec))
     if path.is_file() and path.suffix == ".safetensors":
         _, told = files.read(path)
         if told.get("format") == "convlora":

@@ -1,4 +1,4 @@
-"""`convlora eg3d render | mesh | interpolate | synthesize | direction | edit | invert | inpaint | upscale`.
+"""`convlora eg3d render | mesh | interpolate | synthesize | direction | edit | invert | project | inpaint | upscale`.
 
 Each opens the folder that `personalize` or `demo` left, and writes pictures and a result.json into a folder of its own.
 """
@@ -14,6 +14,9 @@ from convlora.cli_adapters import Output
 from convlora.errors import ConvloraError
 
 _EXITS, _BLENDS = ("stop", "continue", "project"), ("paste", "feather", "laplacian", "poisson")
+_OPERATORS = ("area", "bicubic", "blur")
+#: Verbs that go on where an interrupted call of the same command stopped.
+RESUMING = ("synthesize", "invert", "project", "inpaint", "upscale")
 
 
 def add_task_verbs(eg3d: Any) -> None:
@@ -62,6 +65,10 @@ def add_task_verbs(eg3d: Any) -> None:
     invert.add_argument("--tune-steps", type=int, default=350, metavar="N", help="of the tuning (default 350)")
     invert.add_argument("--views", type=int, default=4, metavar="N", help="novel views of each photo (default 4)")
 
+    project = _verb(eg3d, "project", _project, "photos as points of the person's space, the generator untouched")
+    _album(project)
+    _projection(project)
+
     inpaint = _verb(eg3d, "inpaint", _inpaint, "fill holes in photos with the person's face")
     _album(inpaint)
     _projection(inpaint)
@@ -74,6 +81,7 @@ def add_task_verbs(eg3d: Any) -> None:
     _album(upscale)
     _projection(upscale)
     upscale.add_argument("--factor", type=int, default=16, metavar="N", help="between small and full (default 16)")
+    upscale.add_argument("--how", choices=_OPERATORS, default="area", help="it was made small (default area)")
     upscale.add_argument("--small", action="store_true", help="the album's photos are small already")
 
 
@@ -120,7 +128,30 @@ def _open(options: argparse.Namespace) -> Any:
 
 def _photos(options: argparse.Namespace, me: Any, resolution: int | None = None) -> Any:
     photos = me.photos(options.album, resolution)
-    return photos if options.limit is None else photos.first(options.limit)
+    if options.limit is not None:
+        if not 1 <= options.limit <= len(photos):
+            raise ConvloraError(f"--limit {options.limit}: {options.album} has {len(photos)} photos")
+        photos = photos.first(options.limit)
+    stems = [Path(name).stem for name in photos.names]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1} | {"sheet"} & set(stems))
+    if twice:
+        raise ConvloraError(
+            f"results are written as <photo>.png beside sheet.png, and {options.album} has more than one of "
+            f"{', '.join(twice)}: rename the photos"
+        )
+    return photos
+
+
+def _run_folder(options: argparse.Namespace, photos: Any, names: tuple[str, ...]) -> Any:
+    """The folder of results, with the options that made it; opened only when nothing is wrong with them."""
+    from convlora.integrations.eg3d.run_folder import RunFolder
+
+    for name in ("steps", "views", "tune_steps"):
+        least = 1 if name == "steps" else 0
+        if getattr(options, name, least) < least:
+            raise ConvloraError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least} is needed")
+    settings = {name: getattr(options, name) for name in (*names, "steps", "seed", "pretrained")}
+    return RunFolder(options.out, {**settings, "run": str(options.run_folder.resolve()), "photos": photos.names})
 
 
 def _render(options: argparse.Namespace) -> Output:
@@ -153,7 +184,13 @@ def _interpolate(options: argparse.Namespace) -> Output:
     from convlora.integrations.eg3d.images import save_animation, save_sheet
     from convlora.integrations.eg3d.tasks import interpolate
 
-    ends = me.w(options.start), me.w(options.end or me.anchors.names[len(me.anchors.names) // 2])
+    names = me.anchors.names
+    first, last = (me.photo(options.start), me.photo(options.end or names[len(names) // 2]))
+    if first == last:
+        raise ConvloraError(
+            f"a line needs two photos, and both ends are {names[first]}; the run's are {', '.join(names)}"
+        )
+    ends = me.anchors.w[first], me.anchors.w[last]
     yaws = torch.tensor([-0.35, 0.0, 0.35])
     views = cameras.turned(yaws, **cameras.orbit_of(me.G.rendering_kwargs))
     images = interpolate(me.G, *ends, views, weights=options.weights)
@@ -238,13 +275,13 @@ def _invert(options: argparse.Namespace) -> Output:
     me = _open(options)
     from convlora.integrations.eg3d import cameras
     from convlora.integrations.eg3d.networks import choose_networks
-    from convlora.integrations.eg3d.run_folder import RunFolder
     from convlora.integrations.eg3d.tasks import invert
 
-    photos, (networks, _) = _photos(options, me), choose_networks(me.generator, device=options.device)
+    photos = _photos(options, me)
+    folder = _run_folder(options, photos, ("target", "tune_steps"))
+    networks, _ = choose_networks(me.generator, device=options.device)
     views = cameras.random_views(options.views, seed=options.seed, **cameras.orbit_of(me.G.rendering_kwargs))
-    settings = {name: getattr(options, name) for name in ("target", "steps", "tune_steps", "seed", "pretrained")}
-    with RunFolder(options.out, {**settings, "run": str(options.run_folder), "photos": photos.names}) as folder:
+    with folder:
         found = invert(
             me.G, photos, options.steps, options.tune_steps, target=options.target, views=views, out=folder.path,
             init=networks.encoder or "mean", perceptual=networks.perceptual, seed=options.seed,
@@ -254,45 +291,85 @@ def _invert(options: argparse.Namespace) -> Output:
     return _pictures(options, photos, found.images, [("photo", photos.images), ("inversion", found.images), *turned])
 
 
+def _projected(options: argparse.Namespace, me: Any, photos: Any, task: Any, names: tuple[str, ...] = ()) -> Any:
+    """What `task` makes of photos and the person's space; an interrupted call goes on in the same folder."""
+    from convlora.integrations.eg3d.networks import choose_networks
+    from convlora.integrations.eg3d.tasks.project import check_hull
+
+    hull = me.hull(options.dilation)
+    check_hull(me.G, hull)
+    folder = _run_folder(options, photos, ("dilation", "per_layer", *names))
+    networks, _ = choose_networks(me.generator, device=options.device)
+    with folder:
+        return task(
+            me.G, photos, hull, steps=options.steps, per_layer=options.per_layer, perceptual=networks.perceptual,
+            seed=options.seed, out=folder.path, progress=not options.quiet,
+        )  # fmt: skip
+
+
+def _project(options: argparse.Namespace) -> Output:
+    me = _open(options)
+    from convlora.integrations.eg3d.tasks import project
+
+    photos = _photos(options, me)
+    found = _projected(options, me, photos, project)
+    return _pictures(options, photos, found.images, [("photo", photos.images), ("projection", found.images)])
+
+
 def _inpaint(options: argparse.Namespace) -> Output:
     me = _open(options)
-    from convlora.integrations.eg3d.networks import choose_networks
+    from functools import partial
+
     from convlora.integrations.eg3d.segment import masks_from_files
     from convlora.integrations.eg3d.tasks import inpaint
+    from convlora.integrations.eg3d.tasks.blend import check_blend
     from convlora.integrations.eg3d.tasks.degrade import center_hole
+    from convlora.integrations.eg3d.tasks.inpaint import holed
 
-    photos, (networks, _) = _photos(options, me), choose_networks(me.generator, device=options.device)
+    photos = _photos(options, me)
     if options.masks is None:
         known = center_hole(me.G.img_resolution, options.hole)
     else:
         known = masks_from_files(options.masks, photos.names)(photos.images)
-    found = inpaint(
-        me.G, photos, me.hull(options.dilation), known, options.steps, how=options.blend, per_layer=options.per_layer,
-        perceptual=networks.perceptual, progress=not options.quiet,
-    )  # fmt: skip
+        _check_sizes(options, photos.names, me.G.img_resolution)
+        options.masks = str(options.masks.resolve())
+    check_blend(options.blend)
+    holed(photos, known)  # so that a wrong mask leaves no folder
+    task = partial(inpaint, known=known, how=options.blend)
+    found = _projected(options, me, photos, task, ("hole", "masks", "blend"))
     rows = [("photo", photos.images), ("seen", photos.images * known), ("inpainted", found.images)]
     return _pictures(options, photos, found.images, rows)
+
+
+def _check_sizes(options: argparse.Namespace, names: list[str], resolution: int) -> None:
+    """Masks must be of their photo's size, or of the generator's: of any other, it is unclear what they cover."""
+    from PIL import Image
+
+    for name in names:
+        path = options.masks / f"{Path(name).stem}.png"
+        with Image.open(path) as mask, Image.open(options.album / name) as photo:
+            if mask.size not in (photo.size, (resolution, resolution)):
+                raise ConvloraError(
+                    f"{path} is {mask.width}×{mask.height}; {name} is {photo.width}×{photo.height}: make the mask of "
+                    f"the photo's size, or {resolution}×{resolution}"
+                )
 
 
 def _upscale(options: argparse.Namespace) -> Output:
     me = _open(options)
     from dataclasses import replace
+    from functools import partial
 
-    from convlora.integrations.eg3d.networks import choose_networks
     from convlora.integrations.eg3d.tasks import upscale
     from convlora.integrations.eg3d.tasks.degrade import downsample
 
     side = me.G.img_resolution
-    networks, _ = choose_networks(me.generator, device=options.device)
     if options.factor < 2 or side % options.factor:
         raise ConvloraError(f"--factor {options.factor} does not divide the generator's {side} pixels")
     small = _photos(options, me, side // options.factor if options.small else side)
     if not options.small:
-        small = replace(small, images=downsample(small.images, options.factor), masks=None)
-    found = upscale(
-        me.G, small, me.hull(options.dilation), options.steps, per_layer=options.per_layer,
-        perceptual=networks.perceptual, progress=not options.quiet,
-    )  # fmt: skip
+        small = replace(small, images=downsample(small.images, options.factor, options.how), masks=None)
+    found = _projected(options, me, small, partial(upscale, how=options.how), ("factor", "how", "small"))
     shown = small.images.repeat_interleave(options.factor, 2).repeat_interleave(options.factor, 3)
     return _pictures(options, small, found.images, [("given", shown), ("upscaled", found.images)])
 

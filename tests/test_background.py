@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from tiny import tiny_generator
@@ -32,7 +34,9 @@ def test_wrong_shapes_are_named(backgrounds, person, message) -> None:
         replace_background(torch.zeros(2, 3, 32, 32), torch.zeros(backgrounds), torch.ones(person))
 
 
-def test_opacity_is_that_of_the_rays() -> None:
+@pytest.mark.parametrize("at_once", [20, 128**2])
+def test_opacity_is_that_of_the_rays(monkeypatch, at_once) -> None:
+    monkeypatch.setattr(sys.modules[opacity.__module__], "_RAYS", at_once)
     G = tiny_generator()
     ws = G.mapping(torch.randn(2, 8), cameras.frontal(2))
     found = opacity(G, ws, cameras.frontal(2), 8)

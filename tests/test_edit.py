@@ -104,6 +104,41 @@ def test_an_edit_keeps_the_sum_of_the_coefficients(hull: Hull, seed: int, exit) 
     assert torch.allclose(edited[2], alpha, atol=1e-5)  # strength 0
 
 
+@given(hulls, st.integers(0, 999), st.sampled_from(["stop", "continue", "project"]), st.booleans(), st.floats(0.1, 100))
+def test_no_strength_layer_or_exit_changes_the_sum(hull: Hull, seed: int, exit, per_layer: bool, far: float) -> None:
+    hull = hull._replace(anchors=hull.anchors.double())
+    direction = personal_direction(hull, draw(seed, hull.anchors.shape[1]))
+    assert float(direction.gamma.sum().abs()) < 1e-9 * (1 + float(direction.gamma.abs().max()))
+    count = len(hull.anchors)
+    alpha = hull.coefficients(draw(seed + 1, 2, 5, count).double() if per_layer else draw(seed + 1, 2, count).double())
+    layers = torch.tensor([0, 1, 0.5, -1, 2.0]) if per_layer else None
+    strengths = torch.tensor([-far, 0.0, far / 3, far])
+    edited = edit_alpha(hull, alpha, direction, strengths, exit=exit, layers=layers)
+    assert edited.shape == (4, *alpha.shape)
+    assert float((edited.sum(-1) - 1).abs().max()) < 1e-9 * (1 + float(edited.abs().max()) * count)
+    if exit != "continue":
+        assert bool(hull.contains(edited).all())
+    assert torch.allclose(edited[1], alpha, atol=1e-9)
+    if per_layer:
+        assert torch.allclose(edited[:, :, 0], alpha[:, 0].expand(4, -1, -1), atol=1e-9)
+
+
+def test_coefficients_and_directions_of_other_anchors_are_refused() -> None:
+    hull = make_hull(draw(0, 12, 4))
+    direction = personal_direction(hull, draw(1, 4))
+    alpha, strengths = hull.coefficients(torch.zeros(1, 12)), torch.tensor([1.0])
+    with pytest.raises(ConvloraError, match=r"12 anchors are \(B, 12\).*not \(1, 7\)"):
+        edit_alpha(hull, alpha[:, :7], direction, strengths)
+    with pytest.raises(ConvloraError, match="direction is of 12 anchors, this hull has 5"):
+        edit_alpha(make_hull(draw(0, 5, 4)), torch.full((1, 5), 0.2), direction, strengths)
+    with pytest.raises(ConvloraError, match="stop, continue, project, not 'leave'"):
+        edit_alpha(hull, alpha, direction, strengths, exit="leave")
+    with pytest.raises(ConvloraError, match=r"shape \(6,\); anchors need \(4,\)"):
+        personal_direction(hull, draw(1, 6))
+    with pytest.raises(ConvloraError, match="at least 2 photos"):
+        personal_direction(make_hull(draw(0, 1, 4)), draw(1, 4))
+
+
 def test_strengths_are_distances_along_the_part_of_the_direction_the_anchors_span() -> None:
     hull = make_hull(10 + draw(0, 40, 8), 4.0)
     normal = draw(1, 8)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("PIL")
 from convlora.errors import ConvloraError
-from convlora.integrations.eg3d.report import Report, Row, Spread, result_json, table, write_report
+from convlora.integrations.eg3d.report import Axis, Report, Row, Spread, Stage, result_json, table, write_report
 from convlora.integrations.eg3d.report.chart import linear_ticks, log_ticks, loss_chart
 from convlora.integrations.eg3d.report.numbers import byte_size, duration
+from convlora.integrations.eg3d.report.player import sheet
 
 VOID = {"meta", "img", "input", "br", "link", "line", "polyline"}
 EVIL = '<script>alert("x")</script>&{{css}}'
@@ -59,6 +60,20 @@ def pictures(count: int, size: int = 8) -> Tensor:
     return torch.linspace(-1, 1, count * 3 * size * size).view(count, 3, size, size)
 
 
+def turntable(names: list[str]) -> Stage:
+    axes = (Axis("turn", ["−23°", "−11°", "0°", "+11°", "+23°"], 2, -1), Axis("tilt", ["−9°", "+9°"], 1))
+    views = {name: pictures(10) for name in names}
+    return Stage("turntable", "Turn the head", "Drag it.", axes, views, [("the photo", pictures(1)[0])], plays=True)
+
+
+def path(names: list[str]) -> Stage:
+    photos = [("photo 1", pictures(1)[0]), ("photo 2", -pictures(1)[0])]
+    views = {name: pictures(3) for name in names}
+    return Stage(
+        "interpolation", "Between", "", (Axis("between", ["photo 1", "half", "photo 2"]),), views, photos, [0, 2]
+    )
+
+
 def report(**changes: Any) -> Report:
     names = ["pretrained", "LoRA rank 1"]
     values: dict[str, Any] = dict(
@@ -77,10 +92,7 @@ def report(**changes: Any) -> Report:
         heldout_names=["a.png", "b.png"],
         heldout_truth=pictures(2),
         heldout={name: pictures(2) for name in names},
-        turntable={name: pictures(5) for name in names},
-        turntable_yaw=[-0.4, -0.2, 0.0, 0.2, 0.4],
-        interpolation={name: pictures(3) for name in names},
-        interpolation_weights=[0.0, 0.5, 1.0],
+        stages=[turntable(names), path(names)],
         curves={"LoRA rank 1": [(0, 1.0), (50, 0.3), (100, 0.05)]},
     )
     return Report(**{**values, **changes})
@@ -98,7 +110,8 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?:|//cdn|@import|url\(", html)
     assert not page.all("link") and not any(a.get("src") for a in page.all("script"))
     sources = [a["src"] or "" for a in page.all("img")]
-    assert len(sources) == 3 + 2 * 3 + 5 * 2 + 3 * 2
+    # album, held-out and reconstructions, a photo and two sheets, two stops and two sheets
+    assert len(sources) == 3 + 2 * 3 + (1 + 2) + (2 + 2)
     assert all(source.startswith("data:image/webp;base64,") for source in sources)
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy and "default-src 'none'" in policy
@@ -107,21 +120,27 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
 def test_every_section_is_there_and_labelled(tmp_path: Path) -> None:
     _, page = written(report(), tmp_path)
     sections = [a["id"] for a in page.all("section")]
-    assert sections == ["numbers", "heldout", "turntable", "interpolation", "album", "curves"]
+    assert sections == ["turntable", "heldout", "interpolation", "numbers", "album", "curves"]
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(a["aria-labelledby"] in ids for a in page.all("section") + page.all("dialog"))
     sliders = page.all("input", type="range")
-    assert [(a["max"], a["value"]) for a in sliders] == [("4", "2"), ("2", "0")]  # the turntable starts in front
-    assert all(a["aria-label"] and a["aria-valuetext"] for a in sliders)
+    assert [(a["id"], a["max"], a["value"]) for a in sliders] == [
+        ("turntable-0", "4", "2"), ("turntable-1", "1", "1"), ("heldout-0", "50", "25"), ("heldout-1", "1", "0"),
+        ("interpolation-0", "2", "0"),
+    ]  # fmt: skip
+    assert [a["for"] for a in page.all("label") if "for" in a] == [a["id"] for a in sliders]
+    assert all(a["aria-valuetext"] == json.loads(a["data-labels"] or "")[int(a["value"] or 0)] for a in sliders)
     assert all("alt" in a for a in page.all("img"))
-    assert len(page.all("img", **{"class": "on"})) == 4  # one picture of each model shows, in both players
+    shown = page.all("div", **{"class": "frames"})  # each model's sheet of pictures, and which of them shows
+    assert [a["style"] for a in shown] == 2 * ["--columns:5;--rows:2;--side:8;--x:2;--y:1"] + 2 * [
+        "--columns:3;--rows:1;--side:8;--x:0;--y:0"
+    ]
+    assert shown[0]["aria-label"] == "pretrained, turn 0°, tilt +9°"
+    assert [a["data-stop"] for a in page.all("button") if "data-stop" in a] == ["0", "2"]
     assert all(a.get("aria-label") for a in page.all("button", **{"class": "thumb"}))
     groups = [a["data-group"] for a in page.all("button", **{"class": "thumb"})]
     assert groups == ["heldout-0"] * 3 + ["heldout-1"] * 3 + ["album-0", "album-1", "album-2"]
-    assert json.loads(page.all("div", **{"class": "player"})[0]["data-labels"] or "") == [
-        "−23°", "−11°", "0°", "+11°", "+23°",
-    ]  # fmt: skip
     for words in ("All pictures are procedural", "convlora eg3d demo", "3 album photos", "2 photos held out"):
         assert words in page.text
 
@@ -129,17 +148,17 @@ def test_every_section_is_there_and_labelled(tmp_path: Path) -> None:
 def test_every_string_is_escaped(tmp_path: Path) -> None:
     plain, expected = written(report(), tmp_path)
     views = {EVIL: pictures(2)}
+    stage = Stage("a", EVIL, EVIL, (Axis(EVIL, [EVIL, EVIL]),), views, [(EVIL, pictures(1)[0])])
     html, page = written(
         report(
             title=EVIL, person=EVIL, notice=EVIL, command=EVIL, environment={EVIL: EVIL}, settings={EVIL: EVIL},
             rows=[Row(EVIL, 1, 1, 1.0, {EVIL: Spread(1.0, 0.1, 2)})], metric_notes={EVIL: EVIL + " higher is better"},
-            heldout_names=[EVIL, EVIL], heldout=views, turntable=views, turntable_yaw=[0.0, 0.1], interpolation=views,
-            interpolation_weights=[0.0, 1.0], curves={EVIL: [(0, 1.0), (1, 0.5)]},
+            heldout_names=[EVIL, EVIL], heldout=views, stages=[stage], curves={EVIL: [(0, 1.0), (1, 0.5)]},
         ),
         tmp_path,
     )  # fmt: skip
     assert "<script>alert" not in html and html.count("<script") == plain.count("<script") == 1
-    assert html.count("<style") == 1 and len(page.all("style")) == len(expected.all("style")) == 1
+    assert len(page.all("style")) == len(expected.all("style")) == html.count("<style")
     assert page.text.count(EVIL) > 12
 
 
@@ -214,7 +233,7 @@ def test_result_json_is_strict_json_with_the_numbers() -> None:
 def test_empty_parts_leave_no_section(tmp_path: Path) -> None:
     bare = report(
         rows=[], album=torch.empty(0, 3, 8, 8), heldout_names=[], heldout_truth=torch.empty(0, 3, 8, 8), heldout={},
-        turntable={}, turntable_yaw=[], interpolation={}, interpolation_weights=[], curves={"a": [(0, 1.0)]},
+        stages=[], curves={"a": [(0, 1.0)]},
         notice="", command="", settings={}, environment={},
     )  # fmt: skip
     _, page = written(bare, tmp_path)
@@ -223,25 +242,52 @@ def test_empty_parts_leave_no_section(tmp_path: Path) -> None:
 
 def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
     large = pictures(2, 640)
-    _, page = written(report(album=large, heldout_truth=large), tmp_path)
-    assert sorted(int(a["width"] or 0) for a in page.all("img"))[-4:] == [256, 256, 512, 512]
+    wide = Stage("wide", "", "", (Axis("a", ["0", "1"]),), {"m": large})
+    _, page = written(report(album=large, heldout_truth=large, stages=[wide]), tmp_path)
+    assert sorted(int(a.get("width") or 0) for a in page.all("img"))[-4:] == [256, 256, 512, 512]
+    assert "--side:256;" in (page.all("div", **{"class": "frames"})[0]["style"] or "")
 
 
-def test_a_full_turn_goes_round(tmp_path: Path) -> None:
-    turn = [2 * math.pi * i / 8 - math.pi for i in range(8)]
-    _, page = written(report(turntable={"a": pictures(8)}, turntable_yaw=turn), tmp_path)
-    assert page.all("div", **{"class": "player"})[0].get("data-round") == "1"
-    _, page = written(report(), tmp_path)
-    assert "data-round" not in page.all("div", **{"class": "player"})[0]
+def test_a_sheet_keeps_every_picture_apart_from_its_neighbours() -> None:
+    images = pictures(6)
+    whole = sheet(images, 3)
+    assert whole.shape == (3, 2 * 10, 3 * 10)
+    for k, image in enumerate(images):
+        top, left = k // 3 * 10, k % 3 * 10
+        assert torch.equal(whole[:, top + 1 : top + 9, left + 1 : left + 9], image)
+        assert torch.equal(whole[:, top, left + 1 : left + 9], image[:, 0]), "the margin repeats the picture's edge"
+
+
+def test_a_stage_gives_the_row_of_its_start() -> None:
+    stage = turntable(["m"])
+    assert torch.equal(stage.first_row()["m"], stage.views["m"][5:])
+    assert torch.equal(path(["m"]).first_row()["m"], pictures(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"views": {"m": pictures(4)}}, r"a\['m'\] must be \(3, 3, R, R\)"),
+        ({"views": {"m": torch.zeros(3, 1, 8, 8)}}, r"a\['m'\] must be \(3, 3, R, R\)"),
+        ({"axes": ()}, "has 0 sliders; one or two"),
+        ({"axes": (Axis("b", ["x"] * 61),)}, "'b' has 61 positions"),
+        ({"axes": (Axis("b", ["x", "y", "z"], 3),)}, "starts at 3"),
+        ({"stops": [0]}, r"has 0 photos and stops at \[0\]"),
+        ({"stops": [3], "photos": [("p", pictures(1)[0])]}, "each photo needs one, below 3"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    whole: dict[str, Any] = dict(name="a", title="", lead="", axes=(Axis("b", ["x", "y", "z"]),), views={})
+    with pytest.raises(ConvloraError, match=message):
+        Stage(**{**whole, **changes})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"heldout_names": ["a.png"]}, r"heldout_truth must be \(1, 3, R, R\).*got \(2, 3, 8, 8\)"),
-        ({"turntable": {"m": pictures(4)}}, r"turntable\['m'\] must be \(5, 3, R, R\)"),
-        ({"interpolation": {"m": torch.zeros(3, 1, 8, 8)}}, r"interpolation\['m'\] must be \(3, 3, R, R\)"),
-        ({"turntable_yaw": [-25.0, -10.0, 0.0, 10.0, 25.0]}, "turntable_yaw is in radians"),
+        ({"heldout": {"m": pictures(3)}}, r"heldout\['m'\] must be \(2, 3, R, R\)"),
+        ({"stages": [turntable(["m"])] * 2}, "two stages have one name: turntable, turntable"),
     ],
 )
 def test_mismatched_parts_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -40,6 +40,26 @@ def test_the_dilation_identity(hull: Hull, seed: int) -> None:
     assert torch.allclose(hull.w(hull.coefficients(theta)), mean + hull.dilation * (inside - mean), atol=1e-8)
 
 
+@given(hulls, st.data(), st.sampled_from([torch.float32, torch.float64]))
+def test_no_theta_however_large_breaks_the_promises(hull: Hull, data: st.DataObject, dtype: torch.dtype) -> None:
+    count = len(hull.anchors)
+    numbers = st.floats(-(2.0**100), 2.0**100, width=32)
+    theta = torch.tensor(data.draw(st.lists(numbers, min_size=count, max_size=count)), dtype=dtype)
+    alpha = hull._replace(anchors=hull.anchors.to(dtype)).coefficients(theta)
+    assert bool(alpha.isfinite().all())
+    assert float(alpha.sum()) == pytest.approx(1, abs=1e-5 if dtype == torch.float32 else 1e-12)
+    assert float(alpha.min()) >= -hull.beta - 1e-6
+
+
+@given(hulls)
+def test_corners_of_the_dilated_hull_are_the_anchors_moved_away_from_their_mean(hull: Hull) -> None:
+    count, mean = len(hull.anchors), hull.anchors.mean(0)
+    corners = hull.coefficients(1e4 * torch.eye(count, dtype=mean.dtype))
+    torch.testing.assert_close(hull.w(corners), mean + hull.dilation * (hull.anchors - mean))
+    assert hull.dilation == pytest.approx(1 + count * hull.beta)
+    assert make_hull(hull.anchors, beta=hull.beta).dilation == pytest.approx(hull.dilation)
+
+
 @pytest.mark.parametrize("parametrisation", ["exact", "mystyle"])
 def test_both_parametrisations_start_at_the_mean_anchor(parametrisation) -> None:
     hull = make_hull(draw(0, 50, 16), beta=0.02)
@@ -80,6 +100,21 @@ def test_the_nearest_coefficients_are_feasible_and_keep_feasible_ones(hull: Hull
     alpha = hull.coefficients(draw(seed, 2, len(hull.anchors)))
     assert torch.allclose(hull.nearest(alpha), alpha, atol=1e-9)
     assert bool(hull.contains(hull.nearest(alpha + 5 * draw(seed + 1, 2, len(hull.anchors))), 1e-9).all())
+
+
+@given(hulls, st.integers(0, 999), st.floats(0.1, 30))
+def test_the_nearest_coefficients_are_their_own_nearest(hull: Hull, seed: int, scale: float) -> None:
+    alpha = hull.nearest(scale * draw(seed, 3, len(hull.anchors)))
+    torch.testing.assert_close(hull.nearest(alpha), alpha, rtol=0, atol=1e-9)
+    assert torch.allclose(alpha.sum(-1), torch.ones(3, dtype=alpha.dtype), atol=1e-9)
+
+
+@settings(max_examples=10)
+@given(hulls, st.integers(0, 999), st.floats(0.1, 30))
+def test_projected_latents_are_their_own_projection(hull: Hull, seed: int, scale: float) -> None:
+    w = hull.w(hull.project(scale * draw(seed, 3, hull.anchors.shape[1]), steps=1000))
+    again = hull.w(hull.project(w, steps=1000))
+    assert float((again - w).norm(dim=-1).max()) < 1e-2 * (1 + float(w.norm(dim=-1).max()))
 
 
 @given(st.integers(0, 999), st.integers(1, 20))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_generator
 
 from convlora.errors import ConvloraError
+from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.tasks import novel_views
 from convlora.integrations.eg3d.tasks.hull import make_hull
 from convlora.integrations.eg3d.tasks.synthesize import sample_alpha, synthesize
@@ -22,6 +25,31 @@ def test_samples_lie_in_the_personal_space(n, support, dilation, truncation, see
     hull = make_hull(torch.randn(n, 4), dilation)
     alpha = sample_alpha(hull, 20, support=min(support, n), weights=weights, truncation=truncation, seed=seed)
     assert alpha.shape == (20, n) and bool(hull.contains(alpha, 1e-4).all())
+
+
+def angles(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """True yaw and elevation (N,) in radians of cameras labels (N, 25), from where they stand."""
+    x, y, z = cameras.split_label(labels.double())[0][:, :3, 3].T
+    return torch.atan2(x, z), torch.atan2(y, (x.square() + z.square()).sqrt())
+
+
+@given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.integers(0, 999))
+def test_novel_views_reach_the_true_angles_and_no_further(yaw: float, pitch: float, seed: int) -> None:
+    # EG3D's vertical parameter is a share of the sphere's area: sin(elevation) = 2·pitch/π
+    highest = math.asin(2 * pitch / math.pi)
+    turned, raised = angles(cameras.random_views(400, yaw, pitch, seed=seed))
+    assert float(turned.abs().max()) <= yaw + 1e-5 and float(turned.abs().max()) > 0.95 * yaw
+    assert float(raised.abs().max()) <= highest + 1e-5 and float(raised.abs().max()) > 0.95 * highest
+    turned, raised = angles(cameras.random_views(4, yaw, pitch, "orbit"))  # at 0, 90, 180 and 270 degrees
+    assert turned.tolist() == pytest.approx([0, yaw, 0, -yaw], abs=1e-5)
+    assert raised.tolist() == pytest.approx([-highest, 0, highest, 0], abs=1e-5)
+
+
+def test_the_papers_pitch_is_nine_degrees() -> None:
+    _, raised = angles(cameras.random_views(4, mode="orbit"))  # yaw ±0.35, pitch ±0.25, as My3DGen says
+    assert float(raised.max()) == pytest.approx(0.1598, abs=5e-5)
+    assert math.degrees(float(raised.max())) == pytest.approx(9.16, abs=5e-3)
+    assert cameras.vertical_angle(0.1598) == pytest.approx(math.pi / 2 - 0.25, abs=1e-4)
 
 
 def test_the_two_ways_to_draw_weights_have_the_known_largest_weight() -> None:

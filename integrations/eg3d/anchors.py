@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from convlora import files
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
+from convlora.integrations.eg3d.batches import Kept, Watch, fit_in_batches, told
 from convlora.integrations.eg3d.camera_refinement import (
     CameraPrior,
     Refine,
@@ -29,6 +29,7 @@ from convlora.integrations.eg3d.losses import Perceptual, filled, frozen, photo_
 #: An image → w encoder as the start of inversion: (images, labels) -> (N, w_dim).
 Encoder = Callable[[Tensor, Tensor], Tensor]
 
+_FORMAT = "convlora-anchors"
 COARSE = 32  # pixels of the renderings that the coarse search for a camera compares
 
 
@@ -49,14 +50,12 @@ class Anchors(NamedTuple):
         tensors = {"w": self.w, "loss": self.loss}
         if self.labels is not None and self.moved_degrees is not None:
             tensors |= {"labels": self.labels, "moved_degrees": self.moved_degrees}
-        return files.write(
-            Path(path), tensors, {"format": "convlora-anchors", "names": json.dumps(self.names), **metadata}
-        )
+        return files.write(Path(path), tensors, {"format": _FORMAT, "names": json.dumps(self.names), **metadata})
 
     @staticmethod
     def load(path: str | Path) -> Anchors:
         tensors, metadata = files.read(Path(path))
-        if metadata.get("format") != "convlora-anchors":
+        if metadata.get("format") != _FORMAT:
             raise FileError(f"{path} holds no anchors (metadata format={metadata.get('format')!r})")
         names = json.loads(metadata["names"])
         return Anchors(tensors["w"], names, tensors["loss"], tensors.get("labels"), tensors.get("moved_degrees"))
@@ -106,9 +105,12 @@ def find_anchors(
         camera_prior: the standard deviations of the given cameras' errors, and the point about which they turn.
         camera_lr: the cameras' learning rate, standard deviations per step; it follows `lr`'s ramp, with a warm-up
             four times as long, since a camera has nothing to follow before w resembles its photo.
-        checkpoint: a file that keeps finished batches, so that an interrupted call with the same arguments goes on.
+        checkpoint: a file that keeps finished batches, so that an interrupted call with the same arguments goes on
+            (`batch_size` may be another, and photos may be added behind those that are there).
 
-    Raises `ConvloraError` if the loss becomes NaN, naming the photos.
+    Raises:
+        ConvloraError: the loss is not finite; the step and the photos are named, and finished batches stay.
+        FileError: the checkpoint is of other photos or other arguments, which are named.
     """
     if steps < 1 or not len(photos):
         raise ConvloraError(f"find_anchors needs photos and steps ≥ 1, not {len(photos)} photos and {steps} steps")
@@ -120,27 +122,30 @@ def find_anchors(
     how = _How(
         init, perceptual, perceptual_weight, lr, spread * noise, sigmas, camera_prior.pivot, camera_lr, camera_weight
     )
-    done = _kept(checkpoint, photos, G.w_dim, refine_camera)
-    total = math.ceil(len(photos) / batch_size) * steps
-    finished = math.ceil(len(done.names) / batch_size) * steps
-    with frozen(G), tqdm(total=total, initial=finished, desc=description, disable=not progress) as bar:
-        while len(done.names) < len(photos):
-            first = len(done.names)
-            batch = photos.part(slice(first, first + batch_size)).to(device)
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed + first)
-                w, loss, labels = _fit(G, batch, start[first : first + batch_size], steps, how, bar)
-            if not bool(loss.isfinite().all()):
-                raise ConvloraError(
-                    f"the inversion of {', '.join(batch.names)} diverged (loss {loss.tolist()}); lower lr={lr}"
-                )
-            found = Anchors(w.cpu(), batch.names, loss.cpu())
-            if sigmas is not None:
-                found = found._replace(labels=labels.cpu(), moved_degrees=moved_degrees(batch.labels, labels).cpu())
-            done = done.extended(found)
-            if checkpoint is not None:
-                done.save(checkpoint)
-    return done
+    kept = None
+    if checkpoint is not None:
+        _check_refinement(Path(checkpoint), refine_camera)
+        settings = dict(
+            generator=G, steps=steps, init=init, perceptual=perceptual, perceptual_weight=perceptual_weight, lr=lr,
+            noise=noise, w_samples=w_samples, refine_camera=refine_camera, seed=seed,
+        )  # fmt: skip
+        if refine_camera is not None:
+            settings |= dict(camera_prior=camera_prior, camera_lr=camera_lr, camera_weight=camera_weight)
+        kept = Kept(Path(checkpoint), _FORMAT, told(settings))
+
+    def fit(batch: Photos, which: slice, watch: Watch) -> dict[str, Tensor]:
+        w, loss, labels = _fit(G, batch, start[which], steps, how, watch)
+        found = {"w": w, "loss": loss}
+        if sigmas is not None:
+            found |= {"labels": labels, "moved_degrees": moved_degrees(batch.labels, labels)}
+        return found
+
+    with frozen(G):
+        found = fit_in_batches(
+            fit, photos, steps, what="inversion of", rate=f"lr={lr:g}", batch_size=batch_size, seed=seed,
+            device=device, kept=kept, description=description, progress=progress,
+        )  # fmt: skip
+    return Anchors(found["w"], photos.names, found["loss"], found.get("labels"), found.get("moved_degrees"))
 
 
 class _How(NamedTuple):
@@ -158,7 +163,7 @@ class _How(NamedTuple):
 
 
 def _fit(
-    G: TriPlaneGenerator, photos: Photos, start: Tensor, steps: int, how: _How, bar: tqdm
+    G: TriPlaneGenerator, photos: Photos, start: Tensor, steps: int, how: _How, watch: Watch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w (N, w_dim), loss (N,) and cameras labels (N, 25) of one batch after `steps` of the schedule."""
     correction, labels, sigmas = None, photos.labels, how.sigmas
@@ -183,24 +188,17 @@ def _fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        bar.update()
+        watch.see(step, each)
     if correction is not None and sigmas is not None:
         labels = corrected(photos.labels, correction.detach() * sigmas, how.pivot)
     return w.detach(), each.detach(), labels
 
 
-def _kept(checkpoint: str | Path | None, photos: Photos, w_dim: int, refine: Refine | None) -> Anchors:
-    """The batches that an interrupted call has finished; none if there was no such call."""
-    if checkpoint is None or not Path(checkpoint).is_file():
-        none = Anchors(torch.empty(0, w_dim), [], torch.empty(0))
-        return none if refine is None else none._replace(labels=torch.empty(0, 25), moved_degrees=torch.empty(0))
-    kept = Anchors.load(checkpoint)
-    if kept.names != photos.names[: len(kept.names)]:
-        raise FileError(f"{checkpoint} is of other photos; remove it or choose another output folder")
-    if (kept.labels is None) != (refine is None):
-        had = "without" if kept.labels is None else "with"
+def _check_refinement(checkpoint: Path, refine: Refine | None) -> None:
+    """An interrupted call's anchors have cameras of their own if, and only if, this call's will."""
+    if checkpoint.is_file() and (Anchors.load(checkpoint).labels is None) != (refine is None):
+        had = "with" if refine is None else "without"
         raise FileError(f"{checkpoint} was made {had} camera refinement; remove it or choose another output folder")
-    return kept
 
 
 def _coarse(G: TriPlaneGenerator, photos: Photos, start: Tensor, how: _How) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from convlora.errors import ConvloraError, FileError
 from convlora.files import replacing
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors
+from convlora.integrations.eg3d.batches import EVERY, diverged
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, photo_loss, reconstruct
 
@@ -122,6 +123,12 @@ def tune(
     that the anchors were refined to, if they were; Adam has betas (0, 0.992) as My3DGen's code has them, with a
     cosine decay to a tenth; gradients' NaN become 0. Photos come in a fresh random order every pass. Random draws
     depend on `seed` and the step alone, so a run resumed from `checkpoint` ends where an uninterrupted one does.
+
+    Raises:
+        ConvloraError: anchors of other photos; or a loss or weight that is not finite, naming step and photos. Losses
+            are looked at every tenth step. G then has the weights of the last look at which all was finite, and the
+            checkpoint, written only after such a look, stays.
+        FileError: the checkpoint is unreadable, or of a run with another length, learning rate or other parameters.
     """
     if anchors.names != photos.names:
         raise ConvloraError(
@@ -143,7 +150,8 @@ def tune(
         first, history = _resume(Path(checkpoint), tuned, optimizer, scheduler, steps)
     order = _order(len(photos), steps * batch_size, seed)
     saved = time.monotonic()
-    recent: list[Tensor] = []  # losses stay on the device until a line of history is due
+    recent: list[Tensor] = []  # (batch_size,) losses each, which stay on the device until a line of history is due
+    good, good_step = [p.detach().clone() for p in tuned], first
     with tqdm(total=steps, initial=first, desc=description, disable=not progress) as bar:
         for step in range(first, steps):
             batch = order[step * batch_size : (step + 1) * batch_size].to(device)
@@ -151,26 +159,58 @@ def tune(
                 torch.manual_seed(seed * 1_000_003 + step)
                 out = reconstruct(G, w[batch], labels[batch])
             mask = None if masks is None else masks[batch]
-            loss = photo_loss(out, images[batch], perceptual, perceptual_weight, mask).mean()
+            each = photo_loss(out, images[batch], perceptual, perceptual_weight, mask)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            each.mean().backward()
             for p in tuned:
                 if p.grad is not None:
                     torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
             optimizer.step()
             scheduler.step()
             bar.update()
-            recent.append(loss.detach())
-            if (step + 1) % 10 == 0 or step + 1 == steps:
-                history.append((step + 1, float(torch.stack(recent).mean())))
+            recent.append(each.detach())
+            if (step + 1) % EVERY == 0 or step + 1 == steps:
+                losses = torch.stack(recent)  # of the steps up to this one
                 recent.clear()
+                if not _all_finite(losses, *tuned):
+                    _put(tuned, good)
+                    rates = ", ".join(f"{group['initial_lr']:g}" for group in optimizer.param_groups)
+                    there = f"the model has its weights of step {good_step} back"
+                    if checkpoint is not None and Path(checkpoint).is_file():
+                        there += f", and {checkpoint} those of its last checkpoint; remove it to begin with another lr"
+                    raise _diverged(losses, order, photos.names, step + 1, steps, f"lr={rates}", there)
+                _put(good, tuned)
+                good_step = step + 1
+                history.append((step + 1, float(losses.mean())))
                 bar.set_postfix(loss=f"{history[-1][1]:.4f}")
-                if not math.isfinite(history[-1][1]):
-                    raise ConvloraError(f"the loss became {history[-1][1]} at step {step + 1}; lower lr")
                 if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step + 1 == steps):
                     _save(Path(checkpoint), tuned, optimizer, scheduler, step + 1, steps, history)
                     saved = time.monotonic()
     return history
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    """Whether all of them are; waits for their device once."""
+    return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
+
+
+@torch.no_grad()
+def _put(into: list[nn.Parameter] | list[Tensor], values: list[Tensor] | list[nn.Parameter]) -> None:
+    for tensor, value in zip(into, values, strict=True):
+        tensor.copy_(value)
+
+
+def _diverged(
+    losses: Tensor, order: Tensor, names: list[str], step: int, steps: int, rate: str, there: str
+) -> ConvloraError:
+    """The error for losses (K, B) of the K steps up to `step`, of which one, or else a weight, is not finite."""
+    bad = ~losses.isfinite().cpu()
+    K, B = bad.shape
+    row = int(bad.any(1).float().argmax()) if bool(bad.any()) else K - 1
+    at = step - K + row  # from 0
+    which = [i for i in range(B) if bool(bad[row, i])] or range(B)
+    who = dict.fromkeys(names[int(order[at * B + i])] for i in which)
+    return diverged("tuning to", list(who), at + 1, steps, rate, there)
 
 
 def _order(count: int, draws: int, seed: int) -> Tensor:
@@ -209,7 +249,10 @@ def _resume(
     except Exception as error:
         raise FileError(f"{path} is no readable checkpoint ({error}); remove it to start again") from None
     shapes = [tuple(t.shape) for t in state["tuned"]]
-    if state["steps"] != steps or shapes != [tuple(p.shape) for p in tuned]:
+    rates = [
+        [group["initial_lr"] for group in told["param_groups"]] for told in (state["optimizer"], optimizer.state_dict())
+    ]
+    if state["steps"] != steps or shapes != [tuple(p.shape) for p in tuned] or rates[0] != rates[1]:
         raise FileError(f"{path} is of a run with other settings; remove it or choose another output folder")
     with torch.no_grad():
         for parameter, value in zip(tuned, state["tuned"], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,9 +24,10 @@ from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, completed
 from convlora.integrations.eg3d.metrics import IdentityEncoder, described, id_sim, psnr
 from convlora.integrations.eg3d.personalize import Preset, inject_personal, parameter_groups, tune, unfreeze
-from convlora.integrations.eg3d.report import Report, Row, Spread
+from convlora.integrations.eg3d.report import Plan, Report, Row, Spread, explore
 from convlora.integrations.eg3d.run_folder import RunFolder
-from convlora.integrations.eg3d.tasks import interpolate, novel_views
+from convlora.integrations.eg3d.tasks import Hull, make_hull, novel_views
+from convlora.integrations.eg3d.tasks.directions import Direction
 
 PRETRAINED, FULL = "pretrained", "full fine-tuning"
 
@@ -46,7 +47,7 @@ class Settings:
     perceptual_weight: float = 1.0
     compare_full: bool = False
     views: int = 4  # novel views per held-out photo for ID_sim
-    frames: int = 21  # of the turntable
+    frames: int = 21  # of the turntable, unless a `Plan` says more
     yaw: float = 0.45  # radians to each side in the turntable
     refine_camera: Literal["rotation", "full", "off"] | None = None  # None: "full" if they are from landmarks
     seed: int = 0
@@ -72,12 +73,15 @@ def check_settings(G: TriPlaneGenerator, settings: Settings) -> None:
 
 
 def personalize_album(
-    G: TriPlaneGenerator, album: Album, out: RunFolder, settings: Settings, networks: Networks, *, command: str = "",
+    G: TriPlaneGenerator, album: Album, out: RunFolder, settings: Settings, networks: Networks, *,
+    directions: Callable[[Hull], Sequence[Direction]] = lambda hull: (), plan: Plan | None = None, command: str = "",
     progress: bool = True,
 ) -> Report:  # fmt: skip
     """Run every stage, each resumable, into the open folder `out`; G stays as it is.
 
-    Writes `anchors.safetensors`, `adapter.safetensors` and the checkpoints of what is under way.
+    Writes `anchors.safetensors`, `adapter.safetensors`, the checkpoints of what is under way, and `sheets/` with the
+    pictures that the page's sliders show. `directions` gives the attributes that are edited on the page, for the
+    person's hull; `plan` says how many pictures are drawn (None: `settings.frames` yaws).
     """
     if settings.refine_camera is None:
         settings = replace(settings, refine_camera="full" if album.face_model else "off")
@@ -103,27 +107,27 @@ def personalize_album(
             heldout[name], rows[name].metrics = found.images, found.metrics
             if found.moved_degrees is not None:
                 moved[f"held-out photos, {name}"] = found.moved_degrees.tolist()
-    yaws = torch.linspace(-settings.yaw, settings.yaw, settings.frames)
-    turn = cameras.turned(yaws, **cameras.orbit_of(G.rendering_kwargs))
-    front = cameras.frontal(1, **cameras.orbit_of(G.rendering_kwargs))
-    first, last = anchors.w[0], anchors.w[len(anchors.w) // 2]
+    plan = plan or Plan(yaws=settings.frames, yaw=settings.yaw)
+    hull = make_hull(anchors.w)
+    with out.timed("page"):
+        stages = explore(
+            models, hull, list(zip(album.train.names, album.train.images)), directions(hull), plan=plan,
+            folder=out / "sheets", progress=progress,
+        )  # fmt: skip
     return Report(
         title=f"A personal 3D generator of {album.person}",
         person=album.person,
         notice=_notice(album),
         command=command,
         environment=environment(next(G.parameters()).device),
-        settings={key: str(value) for key, value in asdict(settings).items()},
+        settings={**{key: str(value) for key, value in asdict(settings).items()}, "frames": plan.grid},
         album=album.train.images,
         rows=list(rows.values()),
         metric_notes=_metric_notes(networks),
         heldout_names=album.test.names,
         heldout_truth=album.test.images,
         heldout=heldout,
-        turntable={name: novel_views(model, first[None], turn)[0] for name, model in models.items()},
-        turntable_yaw=yaws.tolist(),
-        interpolation={name: interpolate(m, first, last, front, weights=9)[:, 0] for name, m in models.items()},
-        interpolation_weights=torch.linspace(0, 1, 9).tolist(),
+        stages=stages,
         curves=curves,
         moved_degrees=moved,
     )
@@ -164,8 +168,7 @@ def evaluate(
 
     Their cameras are measurements too: where the album's are refined, so are these. Padded pixels do not count.
     """
-    key = "".join(c if c.isalnum() else "_" for c in name)
-    found = invert(G, photos, out, f"heldout_{key}", settings, networks, progress, prior)
+    found = invert(G, photos, out, heldout_name(name), settings, networks, progress, prior)
     w, labels = found.w, photos.labels if found.labels is None else found.labels
     images = novel_views(G, w, labels[:, None])[:, 0]
     metrics = {"PSNR": Spread.of(psnr(images, photos.images, photos.masks))}
@@ -181,6 +184,11 @@ def evaluate(
         assert embeddings is not None
         metrics["ID_sim"] = Spread.of(id_sim(embeddings, reference).view(len(photos), -1).mean(1))
     return Evaluation(images, metrics, found.moved_degrees)
+
+
+def heldout_name(model: str) -> str:
+    """Under which name `invert` keeps the latents of the held-out photos for a model."""
+    return f"heldout_{''.join(c if c.isalnum() else '_' for c in model)}"
 
 
 def _tuned(

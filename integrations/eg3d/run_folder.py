@@ -66,14 +66,18 @@ class RunFolder:
         return dict(json.loads(file.read_text())) if file.is_file() else {}
 
     def _check(self, record: Path) -> None:
-        before = json.loads(record.read_text())
-        keys = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
-        if keys:
-            changes = ", ".join(f"{key}: {before.get(key)!r} there, {self.settings.get(key)!r} now" for key in keys)
+        differing = changes(json.loads(record.read_text()), self.settings)
+        if differing:
             raise ConvloraError(
-                f"{self.path} holds a run with other settings ({changes}); choose another output folder, "
+                f"{self.path} holds a run with other settings ({differing}); choose another output folder, "
                 "or give the same settings to resume it"
             )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings differ, with both values, for people to read; empty if none does."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,73 +1,146 @@
 "use strict";
 
-// A player shows frame k of every model together; the range input is the one place that holds k.
+document.documentElement.classList.add("js");
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+// What a slider holds, in words, beside it and for those who do not see it.
+const tell = (slider) => {
+  const label = JSON.parse(slider.dataset.labels)[slider.value];
+  document.querySelector(`output[for="${slider.id}"]`).textContent = label;
+  slider.setAttribute("aria-valuetext", label);
+  return label;
+};
+
+// A finger or the mouse on a picture: `move` gets how far it went, in sizes of the picture, since it was put down.
+const drag = (stage, start, move) => {
+  let grip = null;
+  stage.addEventListener("pointerdown", (event) => {
+    const picture = event.target.closest(".frames, .pair");
+    if (event.button || !picture) return;
+    grip = { x: event.clientX, y: event.clientY, box: picture.getBoundingClientRect() };
+    stage.setPointerCapture(event.pointerId);
+    start(event, grip.box);
+  });
+  stage.addEventListener("pointermove", (event) => {
+    if (grip) move((event.clientX - grip.x) / grip.box.width, (event.clientY - grip.y) / grip.box.height);
+  });
+  for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => (grip = null));
+};
+
+// A player shows one picture of every model's sheet; the range inputs are the one place that holds which.
 for (const player of document.querySelectorAll(".player")) {
-  const slider = player.querySelector("input");
-  const output = player.querySelector("output");
-  const button = player.querySelector("button");
-  const stage = player.querySelector(".stage");
-  const stacks = [...player.querySelectorAll(".frames")].map((stack) => [...stack.children]);
-  const labels = JSON.parse(player.dataset.labels);
-  const last = Number(slider.max);
-  const calm = matchMedia("(prefers-reduced-motion: reduce)");
+  const sliders = [...player.querySelectorAll("input")];
+  const frames = [...player.querySelectorAll(".frames")];
+  const stops = [...player.querySelectorAll("[data-stop]")];
+  const button = player.querySelector(".play");
+  const [first] = sliders;
+  const last = Number(first.max);
   let timer = 0;
   let step = 1;
 
   const show = () => {
-    const k = Number(slider.value);
-    for (const frames of stacks) frames.forEach((frame, i) => frame.classList.toggle("on", i === k));
-    output.textContent = labels[k];
-    slider.setAttribute("aria-valuetext", labels[k]);
+    const said = sliders.map((slider) => `${slider.labels[0].textContent} ${tell(slider)}`);
+    for (const frame of frames) {
+      sliders.forEach((slider, i) => frame.style.setProperty(i ? "--y" : "--x", slider.value));
+      frame.setAttribute("aria-label", [frame.dataset.name, ...said].join(", "));
+    }
+    for (const stop of stops) stop.setAttribute("aria-pressed", stop.dataset.stop === first.value);
   };
   const advance = () => {
-    let k = Number(slider.value) + step;
-    if (player.dataset.round) k = (k + last + 1) % (last + 1);
-    else if (k < 0 || k > last) {
+    let k = Number(first.value) + step;
+    if (k < 0 || k > last) {
       step = -step;
-      k = Number(slider.value) + step;
+      k = Number(first.value) + step;
     }
-    slider.value = k;
+    first.value = k;
     show();
   };
   const play = (on) => {
     clearInterval(timer);
-    timer = on && last > 0 ? setInterval(advance, calm.matches ? 500 : 90) : 0;
+    timer = on && last > 0 ? setInterval(advance, calm.matches ? 600 : 2200 / (last + 1)) : 0;
     if (button) button.textContent = timer ? "Pause" : "Play";
   };
 
-  slider.disabled = last < 1;
-  slider.addEventListener("input", () => {
-    play(false);
-    show();
-  });
+  for (const slider of sliders) {
+    slider.addEventListener("input", () => {
+      play(false);
+      show();
+    });
+  }
+  for (const stop of stops) {
+    stop.addEventListener("click", () => {
+      play(false);
+      first.value = stop.dataset.stop;
+      show();
+    });
+  }
   if (button) {
     button.hidden = last < 1;
     button.addEventListener("click", () => play(!timer));
-    // It turns by itself once, when first seen, unless the reader asked for less motion; it rests out of sight.
-    let greeted = calm.matches;
-    new IntersectionObserver(([entry]) => {
-      if (!entry.isIntersecting) play(false);
-      else if (!greeted) {
-        greeted = true;
-        play(true);
-      }
-    }, { threshold: 0.5 }).observe(player);
+    new IntersectionObserver(([entry]) => entry.isIntersecting || play(false)).observe(player);
   }
-  let grip = null;
-  stage.addEventListener("pointerdown", (event) => {
-    if (event.button) return;
-    grip = { x: event.clientX, k: Number(slider.value) };
-    stage.setPointerCapture(event.pointerId);
-    play(false);
-  });
-  stage.addEventListener("pointermove", (event) => {
-    if (!grip) return;
-    const width = stacks[0][0].getBoundingClientRect().width * 1.5;
-    slider.value = Math.round(grip.k + ((event.clientX - grip.x) / width) * last);
-    show();
-  });
-  for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => (grip = null));
+  let held = [];
+  drag(
+    player.querySelector(".stage"),
+    () => {
+      play(false);
+      held = sliders.map((slider) => Number(slider.value));
+    },
+    (...far) => {
+      sliders.forEach((slider, i) => {
+        slider.value = Math.round(held[i] + far[i] * slider.max * slider.dataset.drag);
+      });
+      show();
+    },
+  );
   show();
+}
+
+// The wipe: a photo above what a model makes of it, cut off at an edge; or the difference of the two.
+for (const wipe of document.querySelectorAll(".wipe")) {
+  const [edge, which] = wipe.querySelectorAll("input[type=range]");
+  const check = wipe.querySelector("input[type=checkbox]");
+  const pairs = [...wipe.querySelectorAll(".pair")];
+  for (const pair of pairs) {
+    pair.append(new Image(), new Image());
+    for (const picture of pair.children) Object.assign(picture, { alt: "", draggable: false });
+  }
+
+  const cut = () => {
+    const said = `photo ${Number(which.value) + 1}, left ${tell(edge)} the original`;
+    for (const pair of pairs) {
+      pair.style.setProperty("--edge", `${(100 * edge.value) / edge.max}%`);
+      pair.classList.toggle("difference", check.checked);
+      pair.setAttribute("aria-label", `${pair.dataset.name}, ${check.checked ? "difference to the photo" : said}`);
+    }
+  };
+  const choose = () => {
+    tell(which);
+    const [photo, ...made] = document.querySelectorAll(`.thumb[data-group="heldout-${which.value}"] img`);
+    pairs.forEach((pair, i) => {
+      pair.children[0].src = made[i].src;
+      pair.children[1].src = photo.src;
+    });
+    cut();
+  };
+
+  edge.addEventListener("input", cut);
+  check.addEventListener("change", cut);
+  which.addEventListener("input", choose);
+  let held = 0;
+  const go = (far) => {
+    edge.value = Math.round((held + far) * edge.max);
+    cut();
+  };
+  drag(
+    wipe.querySelector(".stage"),
+    (event, box) => {
+      held = (event.clientX - box.left) / box.width;
+      go(0);
+    },
+    go,
+  );
+  choose();
 }
 
 // The viewer enlarges the pictures of one group (a held-out photo and its reconstructions, or one album photo).

@@ -22,8 +22,8 @@ def write_results(report: Report, folder: Path) -> list[Path]:
     written.append(folder / "report.json")
     if report.heldout:
         written.append(save_sheet(folder / "heldout.png", [("photo", report.heldout_truth), *report.heldout.items()]))
-    if report.turntable:
-        frames = torch.cat(list(report.turntable.values()), dim=3)
+    for turn in (stage for stage in report.stages if stage.name == "turntable"):
+        frames = torch.cat(list(turn.first_row().values()), dim=3)
         there_and_back = torch.cat([frames, frames.flip(0)[1:-1]])
         written.append(save_animation(folder / "turntable.webp", there_and_back, seconds=4))
     return written

@@ -80,9 +80,8 @@ def table_4(cohort: Cohort, effort: Effort) -> Results:
         shown = [("photo", photos.images)]
         for kind in (PRETRAINED, FULL, LORA):
             model = cohort.model(subject, kind)
-            torch.manual_seed(subject.seed)
             found = project(
-                model, photos, hull, effort.project_steps, perceptual=cohort.networks.perceptual,
+                model, photos, hull, effort.project_steps, perceptual=cohort.networks.perceptual, seed=subject.seed,
                 progress=cohort.progress,
             )  # fmt: skip
             for name, direction in personal_directions(cohort, subject, kind, effort).items():

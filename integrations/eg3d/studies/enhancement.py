@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from convlora.integrations.eg3d.metrics import id_sim, psnr
@@ -39,10 +38,14 @@ def table_3(cohort: Cohort, effort: Effort) -> Results:
         perceptual = cohort.networks.perceptual
         shown = [("photo", photos.images), ("hole", photos.images * known)]
         shown.append((f"1/{effort.factor} the size", F.interpolate(small.images, photos.images.shape[-1])))
-        options: dict[str, Any] = {"per_layer": True, "perceptual": perceptual, "progress": cohort.progress}
+        options: dict[str, Any] = {
+            "per_layer": True,
+            "perceptual": perceptual,
+            "seed": subject.seed,
+            "progress": cohort.progress,
+        }
         for kind in (PRETRAINED, FULL, LORA):
             model = cohort.model(subject, kind)
-            torch.manual_seed(subject.seed)
             filled = inpaint(model, photos, hull, known, effort.project_steps, **options)
             hole = (1 - known).expand(len(photos), -1, -1, -1)
             larger = upscale(model, small, hull, effort.project_steps, **options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
@@ -40,10 +38,9 @@ def occluders(cohort: Cohort, effort: Effort) -> Results:
         for kind in (PRETRAINED, FULL, LORA):
             model = cohort.model(subject, kind)
             for label, images in ((kind.label, drawn.images), (f"{kind.label}, {COVERED}", covered)):
-                torch.manual_seed(subject.seed)
                 found = project(
                     model, Photos(images, drawn.labels, names), cohort.hull(subject), effort.project_steps,
-                    perceptual=cohort.networks.perceptual, progress=cohort.progress,
+                    perceptual=cohort.networks.perceptual, seed=subject.seed, progress=cohort.progress,
                 )  # fmt: skip
                 views = novel_views(model, found.ws, cohort.views(effort.views))
                 shown.append((label, found.images))

@@ -83,10 +83,9 @@ def figure_12(cohort: Cohort, effort: Effort) -> Results:
         seen = _Seen(results, cohort, effort, subject)
         for kind in MODELS:
             model = cohort.model(subject, kind)
-            torch.manual_seed(subject.seed)
             found = project(
                 model, seen.photos, cohort.hull(subject), effort.project_steps, per_layer=True,
-                perceptual=cohort.networks.perceptual, progress=cohort.progress,
+                perceptual=cohort.networks.perceptual, seed=subject.seed, progress=cohort.progress,
             )  # fmt: skip
             seen.add(kind, found.images, render_views(model, found.ws, seen.cameras))
         seen.show()

@@ -11,6 +11,8 @@ from convlora.integrations.eg3d.cameras import split_label
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.tasks.blend import check_mask, gaussian_blur
 
+_RAYS = 128**2  # at once: 512² pixels of one picture need 11 GiB otherwise
+
 
 def replace_background(images: Tensor, backgrounds: Tensor, person: Tensor, feather: float = 3.0) -> Tensor:
     """(N, 3, R, R): images where `person` (N or 1, 1, R, R), 1 = person, and backgrounds elsewhere.
@@ -41,8 +43,18 @@ def opacity(G: TriPlaneGenerator, ws: Tensor, labels: Tensor, resolution: int | 
     """How opaque each pixel of ws (N, num_ws, w_dim) from labels (N, 25) is, (N, 1, r, r) in [0, 1].
 
     With generators whose background is empty (cars: white) this is the object's mask.
+
+    Raises:
+        ConvloraError: latents of another generator.
     """
+    if ws.shape[1:] != (G.num_ws, G.w_dim):
+        raise ConvloraError(f"opacity needs ws (N, {G.num_ws}, {G.w_dim}) of this generator, not {tuple(ws.shape)}")
     side = resolution or G.neural_rendering_resolution
     planes = G.planes(ws, noise_mode="const")
-    weight = G.render(planes, labels, side, deterministic=True).weight_sum
-    return weight.transpose(1, 2).unflatten(2, (side, side)).clamp(0, 1)
+    origins, directions = G.ray_sampler(*split_label(labels.to(planes)), side)
+    at_once = max(1, _RAYS // len(ws))
+    parts = (
+        G.renderer(planes, G.decoder, o, d, G.rendering_kwargs, True).weight_sum
+        for o, d in zip(origins.split(at_once, 1), directions.split(at_once, 1))
+    )
+    return torch.cat(list(parts), 1).transpose(1, 2).unflatten(2, (side, side)).clamp(0, 1)

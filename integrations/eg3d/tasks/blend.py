@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,8 +24,7 @@ def blend(generated: Tensor, photo: Tensor, known: Tensor, how: Blend = "feather
     `width` is that of the seam in pixels, which lies in the known region ("feather"; "poisson" solves for a hole
     this much larger); unused by the others.
     """
-    if how not in get_args(Blend):
-        raise ConvloraError(f"blend is one of {', '.join(get_args(Blend))}, not {how!r}")
+    check_blend(how)
     known = check_mask(known, photo).to(photo)
     generated = generated.to(photo)
     photo = torch.where(known > 0, photo, generated)  # whatever the hole holds, NaN included, is not looked at
@@ -37,6 +37,14 @@ def blend(generated: Tensor, photo: Tensor, known: Tensor, how: Blend = "feather
         hole = 1 - known
         known = 1 - torch.maximum(hole, gaussian_blur(F.max_pool2d(hole, *_window(width)), width / 2))
     return torch.lerp(generated, photo, known)
+
+
+def check_blend(how: str) -> None:
+    """Raise `ConvloraError` if there is no such way to blend, or what it needs is not installed."""
+    if how not in get_args(Blend):
+        raise ConvloraError(f"blend is one of {', '.join(get_args(Blend))}, not {how!r}")
+    if how == "poisson" and importlib.util.find_spec("scipy") is None:
+        raise ConvloraError('blend="poisson" needs SciPy: pip install "convlora[eg3d]"')
 
 
 def check_mask(mask: Tensor, images: Tensor) -> Tensor:
@@ -91,11 +99,9 @@ def _double(images: Tensor, size: torch.Size) -> Tensor:
 
 def _poisson(generated: Tensor, photo: Tensor, hole: Tensor) -> Tensor:
     """Solve Δx = Δgenerated in the hole with x = photo around it; at the picture's border the gradient is free."""
-    try:
-        from scipy.sparse import csr_matrix, diags
-        from scipy.sparse.linalg import spsolve
-    except ImportError:
-        raise ConvloraError('blend="poisson" needs SciPy: pip install "convlora[eg3d]"') from None
+    from scipy.sparse import csr_matrix, diags
+    from scipy.sparse.linalg import spsolve
+
     inside = hole.cpu().numpy()
     count = int(inside.sum())
     if count in (0, inside.size):

@@ -18,6 +18,7 @@ Downsampling = Literal["area", "bicubic", "blur"]
 
 def downsample(images: Tensor, factor: int, how: Downsampling = "area") -> Tensor:
     """(N, 3, R/factor, R/factor). My3DGen's super-resolution undoes area averaging by 16, from 512 to 32."""
+    check_downsampling(how)
     side = images.shape[-1]
     if factor < 1 or side % factor:
         raise ConvloraError(f"factor={factor} does not divide the {side} pixels of a side")
@@ -25,9 +26,13 @@ def downsample(images: Tensor, factor: int, how: Downsampling = "area") -> Tenso
         return F.avg_pool2d(images, factor)
     if how == "bicubic":
         return F.interpolate(images, scale_factor=1 / factor, mode="bicubic", antialias=True)
-    if how == "blur":
-        return gaussian_blur(images, factor / 2)[..., factor // 2 :: factor, factor // 2 :: factor]
-    raise ConvloraError(f"how is one of {', '.join(get_args(Downsampling))}, not {how!r}")
+    return gaussian_blur(images, factor / 2)[..., factor // 2 :: factor, factor // 2 :: factor]
+
+
+def check_downsampling(how: str) -> None:
+    """Raise `ConvloraError` if there is no such way to make images small."""
+    if how not in get_args(Downsampling):
+        raise ConvloraError(f"how is one of {', '.join(get_args(Downsampling))}, not {how!r}")
 
 
 def center_hole(resolution: int, share: float = 0.4) -> Tensor:
@@ -36,6 +41,8 @@ def center_hole(resolution: int, share: float = 0.4) -> Tensor:
         raise ConvloraError(f"share={share}: the hole's side is a share of the picture's, between 0 and 1")
     mask = torch.ones(1, 1, resolution, resolution)
     edge = round(resolution * (1 - share) / 2)
+    if 2 * edge >= resolution or edge == 0:
+        raise ConvloraError(f"share={share} of {resolution} pixels leaves no hole, or nothing around it")
     mask[..., edge : resolution - edge, edge : resolution - edge] = 0
     return mask
 

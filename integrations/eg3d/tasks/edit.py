@@ -32,7 +32,12 @@ def personal_direction(hull: Hull, normal: Tensor, ridge: float = 1e-6) -> Perso
     code projects on the linear span, which contains the large common mean, and inverts an ill-conditioned matrix.)
 
     `ridge`, relative to the largest squared singular value, damps directions the anchors hardly span.
+
+    Raises:
+        ConvloraError: one anchor, or all the same; a direction of another generator.
     """
+    if len(hull.anchors) < 2:
+        raise ConvloraError("the hull of one anchor is a point: a direction needs the anchors of at least 2 photos")
     centred = (hull.anchors - hull.anchors.mean(0)).double()
     n = normal.double().to(centred)
     if n.shape != centred.shape[1:]:
@@ -93,11 +98,22 @@ def edit_alpha(
 
     `exit` says what becomes of an edit outside the dilated hull: "stop" keeps the greatest strength of the same sign
     that was inside (the unedited α if none was), "continue" lets it be, "project" takes the nearest coefficients.
+
+    Raises:
+        ConvloraError: an unknown exit; coefficients or a direction of another number of anchors; `layers` without α⁺.
     """
     if exit not in get_args(Exit):
         raise ConvloraError(f"exit is one of {', '.join(get_args(Exit))}, not {exit!r}")
+    if alpha.ndim not in (2, 3) or alpha.shape[-1] != len(hull.anchors):
+        raise ConvloraError(
+            f"coefficients of {len(hull.anchors)} anchors are (B, {len(hull.anchors)}), or (B, num_ws, "
+            f"{len(hull.anchors)}) per layer, not {tuple(alpha.shape)}"
+        )
+    if direction.gamma.shape != hull.anchors.shape[:1]:
+        raise ConvloraError(f"the direction is of {len(direction.gamma)} anchors, this hull has {len(hull.anchors)}")
     length = direction.step.norm()
     gamma = direction.gamma / length.clamp_min(1e-12)
+    alpha = alpha.to(gamma)
     if layers is not None:
         if alpha.ndim != 3 or layers.shape != alpha.shape[1:2]:
             raise ConvloraError(

@@ -19,6 +19,7 @@ from convlora.errors import ConvloraError
 #: which promises Σα = 1 but α ≥ −β only while the sum before the division stays near 1.
 Parametrisation = Literal["exact", "mystyle"]
 _SHARPNESS = 100.0  # of MyStyle's softplus
+_STILL = 1e-9  # a thousand more such steps would change no coefficient by a millionth
 
 
 class Hull(NamedTuple):
@@ -53,7 +54,8 @@ class Hull(NamedTuple):
     def project(self, w: Tensor, steps: int = 500) -> Tensor:
         """α (..., N) of the points of the hull next to w (..., w_dim).
 
-        Accelerated projected gradients on the simplex; the problem is convex, and its solution in w unique.
+        At most `steps` accelerated projected gradients on the simplex, fewer where they no longer move; the problem
+        is convex, and its solution in w unique.
         """
         A = self.anchors.double() - self.anchors.double().mean(0)
         target = (w.to(A) - self.anchors.double().mean(0)) / self.dilation
@@ -61,12 +63,14 @@ class Hull(NamedTuple):
         rate = 1 / torch.linalg.matrix_norm(gram, 2).clamp_min(1e-12)
         s = A.new_full((*w.shape[:-1], len(A)), 1 / len(A))
         ahead, momentum = s, 1.0
-        for _ in range(steps):
+        for step in range(steps):
             previous = s
             s = project_to_simplex(ahead - rate * (ahead @ gram - linear))
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             ahead = s + (momentum - 1) / following * (s - previous)
             momentum = following
+            if step % 50 == 49 and bool((s - previous).abs().max() < _STILL):
+                break
         return (self.dilation * s - self.beta).to(w)
 
     def nearest(self, alpha: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.album import Photos
+from convlora.integrations.eg3d.batches import Kept, Watch, fit_in_batches, told
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, frozen, photo_loss
 from convlora.integrations.eg3d.tasks.hull import Hull, Parametrisation
@@ -52,6 +53,8 @@ def project(
     regularisation: float = 10.0,
     lr: float | None = None,
     batch_size: int = 8,
+    seed: int = 0,
+    out: str | Path | None = None,
     progress: bool = True,
     description: str = "projecting",
 ) -> Projection:
@@ -65,53 +68,74 @@ def project(
         degrade: compares degrade(image) with the photos, and leaves image_raw out.
         lr: of Adam, with a cosine ramp-down over the last quarter; None: 0.1, or MyStyle's 0.005 with its
             parametrisation.
+        seed: of the jitter along rays.
+        out: a folder for the coefficients of finished batches, `coefficients.safetensors`. A call with the same folder
+            and arguments goes on where it stopped (`batch_size` may be another).
 
     Raises:
-        ConvloraError: anchors of another width than G's latents, a degradation whose result has another shape than
-            the photos, or a loss that is not finite (the step is named).
+        ConvloraError: no photos, one anchor alone, anchors of another width than G's latents, an unknown
+            parametrisation, a degradation whose result has another shape than the photos, or a loss that is not
+            finite: the step and the photos are named, and finished batches stay in `out`.
+        FileError: `out` holds a projection of other photos or with other arguments, which are named.
     """
     if steps < 1 or not len(photos):
         raise ConvloraError(f"project needs photos and steps ≥ 1, not {len(photos)} photos and {steps} steps")
-    if hull.anchors.shape[1] != G.w_dim:
-        raise ConvloraError(f"the anchors are {hull.anchors.shape[1]} wide, this generator's latents {G.w_dim}")
+    if parametrisation not in get_args(Parametrisation):
+        raise ConvloraError(
+            f"parametrisation is one of {', '.join(get_args(Parametrisation))}, not {parametrisation!r}"
+        )
+    check_hull(G, hull)
     device = next(G.parameters()).device
     hull = hull._replace(anchors=hull.anchors.to(device))
-    rate = _LEARNING_RATES.get(parametrisation, 0.1) if lr is None else lr
-    found: list[tuple[Tensor, Tensor]] = []
-    starts = range(0, len(photos), batch_size)
-    with frozen(G), tqdm(total=len(starts) * steps, desc=description, disable=not progress) as bar:
-        for first in starts:
-            batch = photos.part(slice(first, first + batch_size)).to(device)
-            theta = hull.start((len(batch),), parametrisation).requires_grad_()
-            offset = torch.zeros(len(batch), G.num_ws, theta.shape[-1], device=device, requires_grad=per_layer)
-            optimizer = torch.optim.Adam([theta, offset] if per_layer else [theta], lr=rate)
+    rate = _LEARNING_RATES[parametrisation] if lr is None else lr
 
-            def coefficients(theta: Tensor = theta, offset: Tensor = offset) -> Tensor:
-                return hull.coefficients(theta[:, None] + offset if per_layer else theta, parametrisation)
+    def fit(batch: Photos, which: slice, watch: Watch) -> dict[str, Tensor]:
+        theta = hull.start((len(batch),), parametrisation).requires_grad_()
+        offset = torch.zeros(len(batch), G.num_ws, theta.shape[-1], device=device, requires_grad=per_layer)
+        optimizer = torch.optim.Adam([theta, offset] if per_layer else [theta], lr=rate)
 
-            for step in range(steps):
-                left = min(1.0, 4 * (1 - step / steps))
-                optimizer.param_groups[0]["lr"] = rate * (0.5 - 0.5 * math.cos(math.pi * left))
-                alpha = coefficients()
-                each = _loss(G, hull.w(alpha), batch, degrade, perceptual, perceptual_weight)
-                total = each.sum()
-                if per_layer and regularisation:
-                    total = total + regularisation * _held_back(alpha, hull.coefficients(theta, parametrisation))
-                optimizer.zero_grad(set_to_none=True)
-                total.backward()
-                optimizer.step()
-                bar.update()
-            if not bool(each.isfinite().all()):
-                raise ConvloraError(
-                    f"projecting {', '.join(batch.names)} diverged by step {steps} (loss {each.tolist()}); "
-                    f"lower lr={rate:g}"
-                )
-            found.append((coefficients().detach(), each.detach().cpu()))
-    alpha = torch.cat([a for a, _ in found])
-    ws = hull.w(alpha)
+        def coefficients() -> Tensor:
+            return hull.coefficients(theta[:, None] + offset if per_layer else theta, parametrisation)
+
+        for step in range(steps):
+            left = min(1.0, 4 * (1 - step / steps))
+            optimizer.param_groups[0]["lr"] = rate * (0.5 - 0.5 * math.cos(math.pi * left))
+            alpha = coefficients()
+            each = _loss(G, hull.w(alpha), batch, degrade, perceptual, perceptual_weight)
+            total = each.sum()
+            if per_layer and regularisation:
+                total = total + regularisation * _held_back(alpha, hull.coefficients(theta, parametrisation))
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+            watch.see(step, each)
+        return {"alpha": coefficients().detach(), "loss": each.detach()}
+
+    kept = None
+    if out is not None:
+        settings = dict(
+            generator=G, anchors=hull.anchors, dilation=hull.dilation, steps=steps, per_layer=per_layer,
+            degrade=degrade, parametrisation=parametrisation, perceptual=perceptual,
+            perceptual_weight=perceptual_weight, regularisation=regularisation, lr=rate, seed=seed,
+        )  # fmt: skip
+        kept = Kept(Path(out, "coefficients.safetensors"), "convlora-projection", told(settings))
+    with frozen(G):
+        found = fit_in_batches(
+            fit, photos, steps, what="projection of", rate=f"lr={rate:g}", batch_size=batch_size, seed=seed,
+            device=device, kept=kept, description=description, progress=progress,
+        )  # fmt: skip
+    ws = hull.w(found["alpha"].to(device))
     ws = ws if per_layer else ws[:, None].expand(-1, G.num_ws, -1)
     images = novel_views(G, ws, photos.labels[:, None], batch_size=batch_size)[:, 0]
-    return Projection(alpha.cpu(), ws.cpu(), images, torch.cat([loss for _, loss in found]))
+    return Projection(found["alpha"], ws.cpu(), images, found["loss"])
+
+
+def check_hull(G: TriPlaneGenerator, hull: Hull) -> None:
+    """Raise `ConvloraError` unless the hull is of at least two of this generator's latents."""
+    if len(hull.anchors) < 2:
+        raise ConvloraError("the hull of one anchor is a point: projecting needs the anchors of at least 2 photos")
+    if hull.anchors.shape[1] != G.w_dim:
+        raise ConvloraError(f"the anchors are {hull.anchors.shape[1]} wide, this generator's latents {G.w_dim}")
 
 
 def _loss(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
-from convlora.integrations.eg3d.tasks.degrade import Downsampling, downsample
+from convlora.integrations.eg3d.tasks.degrade import Downsampling, check_downsampling, downsample
 from convlora.integrations.eg3d.tasks.hull import Hull
 from convlora.integrations.eg3d.tasks.inpaint import Enhancement
 from convlora.integrations.eg3d.tasks.project import project
@@ -18,11 +19,12 @@ def upscale(
 ) -> Enhancement:
     """Bring small photos, images (B, 3, r, r), to the generator's resolution; `how` they were made small must match.
 
-    The factor is R/r; options are those of `project`.
+    The factor is R/r; options are those of `project`: with `out`, an interrupted call goes on.
 
     Raises:
-        ConvloraError: photos whose side does not divide the generator's.
+        ConvloraError: photos whose side does not divide the generator's; an unknown `how`; and what `project` raises.
     """
+    check_downsampling(how)
     side = photos.images.shape[-1]
     if side >= G.img_resolution or G.img_resolution % side:
         raise ConvloraError(
@@ -30,7 +32,6 @@ def upscale(
             "the side must divide that and be smaller"
         )
     factor = G.img_resolution // side
-    found = project(
-        G, photos, hull, steps, degrade=lambda x: downsample(x, factor, how), **{"description": "upscaling", **options}
-    )
+    smaller = partial(downsample, factor=factor, how=how)
+    found = project(G, photos, hull, steps, degrade=smaller, **{"description": "upscaling", **options})
     return Enhancement(found.images, found)
