@@ -20,6 +20,8 @@ from convlora.integrations.stylegan2.ops import full_precision
 Decoder = Callable[..., dict[str, Tensor]]
 Limit = float | Tensor
 
+CACHED = 1 << 14  # points whose decoder activations fit a core's cache
+
 
 class Rendering(NamedTuple):
     """Per ray: features (N, M, C) in about [-1, 1], depth and weight_sum (N, M, 1); below, what led to them."""
@@ -142,17 +144,17 @@ def project(points: Tensor) -> Tensor:
 
 
 def _bilinear(planes: Tensor, grid: Tensor) -> Tensor:
-    """planes (N, K, C, H, W) at grid (N, K, P, 2) -> (N, K, C, P); zero outside."""
-    n, k = planes.shape[:2]
-    grid = grid.flatten(0, 1).unsqueeze(1)
-    planes = planes.flatten(0, 1).to(grid.dtype)
+    """planes (N, C, H, W) at grid (N, P, 2) -> (N, C, P); zero outside."""
+    planes, grid = planes.to(grid.dtype), grid.unsqueeze(1)
     out = F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return out.squeeze(2).unflatten(0, (n, k))
+    return out.squeeze(2)
 
 
 def sample_planes(planes: Tensor, points: Tensor, box_warp: float) -> Tensor:
     """Features (N, 3, P, C) of each plane; planes (N, 3, C, H, W), points (N, P, 3) in a box of side box_warp."""
-    return _bilinear(planes, project(points * (2 / box_warp))).transpose(2, 3)
+    grid = project(points * (2 / box_warp))
+    sampled = _bilinear(planes.flatten(0, 1), grid.flatten(0, 1))
+    return sampled.unflatten(0, planes.shape[:2]).transpose(2, 3)
 
 
 def fold_planes(planes: Tensor) -> Tensor:
@@ -166,9 +168,10 @@ def fold_planes(planes: Tensor) -> Tensor:
 
 def sample_folded(folded: Tensor, points: Tensor, box_warp: float) -> Tensor:
     """Mean plane features (N, P, C) at points (N, P, 3), from fold_planes."""
-    x, y, z = (points * (2 / box_warp)).unbind(-1)
-    grid = torch.stack([torch.stack([x, y], dim=-1), torch.stack([x, z], dim=-1)], dim=1)
-    return _bilinear(folded, grid).sum(1).transpose(1, 2)
+    points = points * (2 / box_warp)
+    first = _bilinear(folded[:, 0], points[..., :2])
+    # one at a time: the sum of both in one tensor would make backward copy its gradient for each
+    return (first + _bilinear(folded[:, 1], points[..., ::2])).transpose(1, 2)
 
 
 def query(
@@ -177,12 +180,22 @@ def query(
     """Decoded features (N, P, C) and raw density (N, P) at points (N, P, 3)."""
     with full_precision(points.device):
         features = sample_folded(folded, points, options["box_warp"])
-    out = decoder(features, directions)
-    sigma = out["sigma"].squeeze(-1)
+    rgb, sigma = _decode(decoder, features, directions)
+    sigma = sigma.squeeze(-1)
     noise = options.get("density_noise", 0)
     if noise > 0:
         sigma = sigma + torch.randn_like(sigma) * noise
-    return out["rgb"], sigma
+    return rgb, sigma
+
+
+def _decode(decoder: Decoder, features: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """rgb (N, P, C) and sigma (N, P, 1); on a CPU in pieces whose activations stay in its cache."""
+    count = max(1, CACHED // len(features))
+    if features.device.type != "cpu" or features.shape[1] <= count or torch.compiler.is_compiling():
+        out = decoder(features, directions)
+        return out["rgb"], out["sigma"]
+    pieces = [decoder(piece, directions) for piece in features.split(count, dim=1)]
+    return torch.cat([out["rgb"] for out in pieces], 1), torch.cat([out["sigma"] for out in pieces], 1)
 
 
 # ---- ray marching --------------------------------------------------------------------------------------------------
