@@ -132,6 +132,10 @@ def test_cohorts_and_names_that_cannot_be_are_refused(tmp_path, capsys) -> None:
         Cohort(tmp_path, photos=4, largest=3)
     assert cli.main(["eg3d", "study", "T9", "--out", str(tmp_path / "x")]) == 2
     assert "no study T9; there are T1, T2" in capsys.readouterr().err
+    assert cli.main(["eg3d", "study", "T1", "--generator", "mine.safetensors", "--out", str(tmp_path / "x")]) == 2
+    assert "no drawn people for mine.safetensors" in capsys.readouterr().err
+    assert cli.main(["eg3d", "study", "T4", "--score", "nowhere:f", "--out", str(tmp_path / "x")]) == 2
+    assert "--score nowhere:f: No module named 'nowhere'" in capsys.readouterr().err
     assert cli.main(["eg3d", "study", "T5", "--ranks", "1,x", "--out", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
 

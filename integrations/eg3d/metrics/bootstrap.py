@@ -21,7 +21,8 @@ class Interval(NamedTuple):
     values: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        digits = 3 if max(map(abs, self[:3])) >= 0.02 else 5
+        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 def bootstrap(groups: Sequence[ArrayLike], level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
