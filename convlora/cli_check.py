@@ -31,14 +31,14 @@ def _check(options: argparse.Namespace) -> Output:
         raise ConvloraError(f"--photos {options.photos} --steps {options.steps}: at least 3 photos and 1 step, please")
     prepare_device(options.device)
     from convlora.integrations.eg3d.check import Fitting, check_album, table
-    from convlora.integrations.eg3d.checkpoint import load_generator
+    from convlora.integrations.eg3d.checkpoint import SHIPPED, load_generator
+    from convlora.integrations.eg3d.networks import lab_networks
 
     G = load_generator(options.model, options.device).requires_grad_(False)
     fitting = Fitting(steps=options.steps)
-    if options.model == "lab" and not options.fast:
-        from convlora.integrations.eg3d import lab
-
-        fitting = fitting._replace(init=lab.w_encoder(G), perceptual=lab.networks.perceptual_distance)
+    if options.model in SHIPPED and not options.fast:
+        networks = lab_networks(options.device, options.model)
+        fitting = fitting._replace(init=networks.encoder, perceptual=networks.perceptual)
     findings = check_album(
         G, options.album, fast=options.fast, fitting=fitting, photos=options.photos, progress=not options.quiet
     )

@@ -27,7 +27,7 @@ def add_verbs(verbs: Any) -> None:
 
     personalize = eg3d.add_parser("personalize", help="a personal generator from an album of photos")
     personalize.add_argument("album", type=Path, help="folder of photos with EG3D's dataset.json")
-    personalize.add_argument("--generator", default="lab", help='"lab" or a generator\'s .safetensors')
+    personalize.add_argument("--generator", default="lab", help='"lab", "lab-cats" or a generator\'s .safetensors')
     personalize.add_argument("--out", type=Path, required=True, help="output folder, new or of the same run")
     personalize.add_argument("--held-out", type=int, default=0, metavar="N", help="photos kept for measuring")
     personalize.add_argument("--compare-full", action="store_true", help="tune the whole generator too, to compare")
@@ -80,7 +80,7 @@ def _personalize(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from convlora.integrations.eg3d.album import load_album
-    from convlora.integrations.eg3d.checkpoint import load_generator
+    from convlora.integrations.eg3d.checkpoint import SHIPPED, load_generator
     from convlora.integrations.eg3d.demo import LAB_SETTINGS, lab_directions
     from convlora.integrations.eg3d.metrics import described
     from convlora.integrations.eg3d.networks import choose_networks
@@ -88,23 +88,25 @@ def _personalize(options: argparse.Namespace) -> None:
     from convlora.integrations.eg3d.report import Plan
     from convlora.integrations.eg3d.run_folder import RunFolder
 
-    lab = options.generator == "lab"
+    drawn = options.generator in SHIPPED
     G = load_generator(options.generator, options.device)
     album = load_album(options.album, G.img_resolution, options.held_out)
-    settings = _settings(LAB_SETTINGS if lab else Settings(), options, compare_full=options.compare_full)
+    settings = _settings(LAB_SETTINGS if drawn else Settings(), options, compare_full=options.compare_full)
     settings = replace(settings, refine_camera=options.refine_camera)
     check_settings(G, settings)
     networks, told = choose_networks(options.generator, options.perceptual, options.identity, options.device)
     for line in told:
         print(f"convlora: {line}", file=sys.stderr)
     record = {"album": str(options.album.resolve()), "generator": options.generator, **vars(settings)}
-    if not lab or options.perceptual:
+    if not drawn or options.perceptual:
         record["perceptual"] = described(networks.perceptual)
     with RunFolder(options.out, {**record, "photos": album.train.names, "held_out": album.test.names}) as out:
         command = shlex.join(["convlora", *sys.argv[1:]])
         shown: dict[str, Any] = {}
-        if lab:
-            shown = dict(directions=lambda hull: lab_directions(G, hull), plan=Plan(yaw=settings.yaw))
+        if drawn:
+            shown["plan"] = Plan(yaw=settings.yaw)
+        if options.generator == "lab":
+            shown["directions"] = lambda hull: lab_directions(G, hull)
         report = personalize_album(
             G, album, out, settings, networks, **shown, command=command, progress=not options.quiet
         )

@@ -1,4 +1,4 @@
-"""EG3D generators on disk, and the small one that ships with the library under the name "lab"."""
+"""EG3D generators on disk, and the small ones that ship with the library, "lab" and "lab-cats"."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from convlora.integrations.stylegan2.sources import Source, read_source
 
 _NEEDED = ("ray_start", "ray_end", "box_warp", "depth_resolution")  # of rendering_kwargs; the rest has defaults
 LAB = Path(__file__).parent / "lab" / "data" / "prior.safetensors"
+SHIPPED = {"lab": LAB, "lab-cats": LAB.with_name("prior_cats.safetensors")}
 
 
 def load_generator(
     source: str | os.PathLike[str], device: str | torch.device = "cpu", preset: str | None = None
 ) -> TriPlaneGenerator:
-    """Generator in eval mode, from "lab" or whatever `read_source` reads. Nothing in the file is executed.
+    """Generator in eval mode, from "lab", "lab-cats" or whatever `read_source` reads. Nothing in the file is executed.
 
     Args:
-        source: "lab"; a .safetensors file with its configuration in its metadata or in config.json beside it; a folder
-            with one; an official .pkl; a .pt/.pth state dict; an https:// or hf:// address; a Hub id `user/name`.
+        source: "lab", "lab-cats"; a .safetensors file with its configuration in its metadata or in config.json beside
+            it; a folder with one; an official .pkl; a .pt/.pth state dict; an https:// or hf:// address; a Hub id
+            `user/name`.
         preset: a name in `CONFIGS`, for files without a configuration whose shapes fit several.
 
     Raises:
         FileError: missing, damaged, refused, of another family; names or shapes that do not fit.
         HubError: it cannot be fetched.
     """
-    if str(source) == "lab":
-        source = LAB
-        if not LAB.is_file():
-            raise FileError(f"the lab generator's weights are not installed ({LAB}); reinstall convlora[lab]")
+    if str(source) in SHIPPED:
+        source = SHIPPED[str(source)]
+        if not source.is_file():
+            raise FileError(f"the lab generator's weights are not installed ({source}); reinstall convlora[lab]")
     return generator_of(read_source(source), preset).to(device)
 
 

@@ -1,8 +1,9 @@
-"""A laboratory without photographs: procedural heads with known truth, and networks trained on them alone."""
+"""A laboratory without photographs: procedural people and cats with known truth, and networks trained on them alone."""
 
 from __future__ import annotations
 
 from convlora.integrations.eg3d.lab import networks
+from convlora.integrations.eg3d.lab._species import CATS, PEOPLE, SPECIES, Species, species
 from convlora.integrations.eg3d.lab.encoder import w_encoder
 from convlora.integrations.eg3d.lab.people import (
     EVAL_SEEDS,
@@ -26,7 +27,7 @@ from convlora.integrations.eg3d.lab.world import (
 )
 
 __all__ = [
-    "EVAL_SEEDS", "PERSON_A", "Person", "anchors3d", "attributes", "evaluation_people", "landmarks", "networks",
-    "photos", "render", "sample_identity", "sample_nuisance", "sample_traits", "sdf", "trace", "w_encoder",
-    "write_album", "z_from_params",
+    "CATS", "EVAL_SEEDS", "PEOPLE", "PERSON_A", "Person", "SPECIES", "Species", "anchors3d", "attributes",
+    "evaluation_people", "landmarks", "networks", "photos", "render", "sample_identity", "sample_nuisance",
+    "sample_traits", "sdf", "species", "trace", "w_encoder", "write_album", "z_from_params",
 ]  # fmt: skip

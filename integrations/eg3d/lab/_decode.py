@@ -191,23 +191,33 @@ def _colours(h: np.ndarray, p: dict, q: dict) -> None:
     lip = _mix(skin * np.array([0.92, 0.60, 0.62]), np.array([[0.74, 0.27, 0.33]]), 0.26 + 0.24 * p["lip_colour"])
     hue = np.pi * p["shirt_hue"][:, None] + np.array([0.6, 2.7, 4.8])
     shirt = (0.42 + 0.34 * p["shirt_lightness"][:, None]) * (1 + 0.26 * np.cos(hue))
-    value = 0.56 + 0.27 * p["background_value"][:, None]
-    red_green, yellow_blue = p["background_red_green"][:, None], p["background_yellow_blue"][:, None]
-    back = value * (1 + 0.11 * red_green * np.array([1, -0.6, 0]) + 0.14 * yellow_blue * np.array([0.5, 0.3, -1]))
     streak = _mix(hair, np.array([[0.93, 0.90, 0.86]]), np.clip(q["streak"], 0, 1))
-    for names, colour in (
+    _set_colours(
+        h,
         ("skin_r skin_g skin_b", skin), ("lip_r lip_g lip_b", lip), ("hair_r hair_g hair_b", hair),
-        ("iris_cr iris_cg iris_cb", iris), ("shirt_r shirt_g shirt_b", shirt), ("back_r back_g back_b", back),
+        ("iris_cr iris_cg iris_cb", iris), ("shirt_r shirt_g shirt_b", shirt), ("back_r back_g back_b", _wall(p)),
         ("streak_r streak_g streak_b", streak),
-    ):  # fmt: skip
-        for channel, name in enumerate(names.split()):
-            h[name] = np.clip(colour[:, channel], 0.02, 0.98) ** 2.2
+    )  # fmt: skip
     h["back_slope"] = 0.30 * p["background_gradient"]
     h["age"], h["freckles"] = age, _ramp(0.25, 0.9, p["freckles"]) * (1 - 0.7 * dark)
     h["mark_x"], h["mark_y"] = 0.095 * q["birthmark_x"], -0.045 + 0.09 * q["birthmark_y"]
     h["mark_r"], h["mark_d"] = 0.030 * np.clip(q["birthmark_size"], 0, 2), np.clip(q["birthmark_darkness"], 0, 1)
     h["scar"], h["streak"] = np.clip(q["scar"], 0, 1), np.clip(q["streak"], 0, 1)
     h["glasses"], h["eye_patch"] = np.clip(q["glasses"], 0, 1), np.clip(q["eye_patch"], 0, 1)
+
+
+def _wall(p: dict) -> np.ndarray:
+    """Display colour of the backdrop, (N, 3)."""
+    value = 0.56 + 0.27 * p["background_value"][:, None]
+    red_green, yellow_blue = p["background_red_green"][:, None], p["background_yellow_blue"][:, None]
+    return value * (1 + 0.11 * red_green * np.array([1, -0.6, 0]) + 0.14 * yellow_blue * np.array([0.5, 0.3, -1]))
+
+
+def _set_colours(h: np.ndarray, *colours: tuple[str, np.ndarray]) -> None:
+    """Write display colours (N, 3) into the three fields each is named for, in linear light."""
+    for names, colour in colours:
+        for channel, name in enumerate(names.split()):
+            h[name] = np.clip(colour[:, channel], 0.02, 0.98) ** 2.2
 
 
 def _light(h: np.ndarray, p: dict) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from convlora import files as adapter_files
 from convlora.errors import ConvloraError, FileError
+from convlora.integrations.eg3d.lab._species import PEOPLE, Species
+from convlora.integrations.eg3d.lab._species import species as species_of
 
 PARTS = ("perceptual", "identity")
 
@@ -158,38 +160,54 @@ def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(1, keepdim=True) + 1e-4).rsqrt()
 
 
-def perceptual_distance(a: Tensor, b: Tensor, net: PerceptualNet | None = None) -> Tensor:
+def perceptual_distance(
+    a: Tensor, b: Tensor, net: PerceptualNet | None = None, species: str | Species = "people"
+) -> Tensor:
     """The lab's perceptual distance (N,) of images (N, 3, R, R) in [-1, 1], with the shipped net by default."""
     if a.shape != b.shape:
         raise ConvloraError(f"images to compare must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
-    return (net or _perceptual(a.device)).distance(a, b)
+    return (net or _perceptual(a.device, species)).distance(a, b)
 
 
-def encode(images: Tensor, labels: Tensor, net: PerceptualNet | None = None) -> Tensor:
+def encode(
+    images: Tensor, labels: Tensor, net: PerceptualNet | None = None, species: str | Species = "people"
+) -> Tensor:
     """Estimate the world's parameters (N, param_dim) from photos and their labels (N, 25): a start for inversion."""
     if images.shape[-1] > 128:
         images = F.adaptive_avg_pool2d(images, 128)
-    return (net or _perceptual(images.device))(images, labels)[0]
+    return (net or _perceptual(images.device, species))(images, labels)[0]
 
 
 _BUILD: dict[str, type[nn.Module]] = {"perceptual": PerceptualNet, "identity": IdentityEncoder}
-_LOADED: dict[tuple[str, str], nn.Module] = {}
+_LOADED: dict[tuple[str, str, str], nn.Module] = {}
 
 
-def _perceptual(device: torch.device) -> PerceptualNet:
-    net = load("perceptual", device)
+def _perceptual(device: torch.device, species: str | Species) -> PerceptualNet:
+    net = load("perceptual", device, species=species)
     assert isinstance(net, PerceptualNet)
     return net
 
 
-def load(part: str, device: torch.device | str = "cpu", path: str | Path | None = None) -> nn.Module:
+def file_name(part: str, species: str | Species = "people") -> str:
+    """The name of a species' network or prior in the package's data, without its suffix."""
+    kind = species_of(species)
+    return part if kind is PEOPLE else f"{part}_{kind.name}"
+
+
+def load(
+    part: str,
+    device: torch.device | str = "cpu",
+    path: str | Path | None = None,
+    species: str | Species = "people",
+) -> nn.Module:
     """The frozen "perceptual" or "identity" net in eval mode, from the package or from `path`; cached per device."""
     if part not in PARTS:
         raise ConvloraError(f"the lab has no network {part!r}; choose one of {', '.join(PARTS)}")
-    key = (part, str(torch.device(device)))
+    name = file_name(part, species)
+    key = (part, name, str(torch.device(device)))
     if path is None and key in _LOADED:
         return _LOADED[key]
-    net = read(part, Path(path) if path else Path(str(files(__package__) / "data" / f"{part}.safetensors")))
+    net = read(part, Path(path) if path else Path(str(files(__package__) / "data" / f"{name}.safetensors")))
     net = net.to(device).eval().requires_grad_(False)
     if path is None:
         _LOADED[key] = net

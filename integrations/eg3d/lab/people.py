@@ -1,4 +1,4 @@
-"""Procedural people and their photo albums, the same on every run and machine.
+"""Procedural people, or cats, and their photo albums, the same on every run and machine.
 
 A person is a seed: identity numbers and lasting traits are fixed by it, hair is nearly so, and expression, light,
 background and pose differ from photo to photo. Seeds from EVAL_SEEDS on belong to the people that results are
@@ -22,6 +22,8 @@ from convlora.errors import ConvloraError
 
 from .. import cameras
 from . import world
+from ._species import PEOPLE, Species
+from ._species import species as species_of
 
 EVAL_SEEDS = 900_000
 SPLITS = {"train": 10, "test": 11}  # numbers of the random streams, apart from those of world's samplers
@@ -31,11 +33,8 @@ YAW, YAW_LIMIT = 0.22, 0.5
 PITCH, PITCH_LIMIT = 0.1, 0.25
 
 # What stays close to a person's own value from photo to photo, with the standard deviation it varies by.
-HABITS = {
-    "hair_length": 0.15, "hair_volume": 0.3, "hair_fringe": 0.3, "hair_parting": 0.3, "hair_bun": 0.1, "age": 0.1,
-}  # fmt: skip
-
-CONSENT = "A procedural person, drawn from random numbers: no human being is shown and nobody's consent is needed."
+HABITS = PEOPLE.habits
+CONSENT = PEOPLE.consent
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,18 @@ class Person:
     name: str
     seed: int
     traits: Mapping[str, float] | None = None
+    species: str = "people"
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.traits or ()) - set(world.IDENTITY_TRAITS))
+        lasting = self.kind.lasting_traits
+        unknown = sorted(set(self.traits or ()) - set(lasting))
         if unknown:
-            raise ConvloraError(
-                f"{unknown} are not lasting traits of a person; choose from {', '.join(world.IDENTITY_TRAITS)}"
-            )
+            who = "a person" if self.kind is PEOPLE else f"the lab's {self.species}"
+            raise ConvloraError(f"{unknown} are not lasting traits of {who}; choose from {', '.join(lasting)}")
+
+    @property
+    def kind(self) -> Species:
+        return species_of(self.species)
 
     def identity(self) -> Tensor:
         """The person's identity numbers, (IDENTITY_DIM,)."""
@@ -60,9 +64,9 @@ class Person:
     def trait_row(self) -> Tensor:
         """The person's lasting traits, (TRAIT_DIM,); occluders are 0."""
         if self.traits is not None:
-            return torch.tensor([float(self.traits.get(name, 0.0)) for name in world.TRAIT_NAMES])
-        lasting = torch.tensor([float(name in world.IDENTITY_TRAITS) for name in world.TRAIT_NAMES])
-        return world.sample_traits(self.seed)[0] * lasting
+            return torch.tensor([float(self.traits.get(name, 0.0)) for name in self.kind.trait_names])
+        lasting = torch.tensor([float(name in self.kind.lasting_traits) for name in self.kind.trait_names])
+        return world.sample_traits(self.seed, self.kind)[0] * lasting
 
 
 PERSON_A = Person(
@@ -76,10 +80,14 @@ PERSON_A = Person(
 )  # fmt: skip
 
 
-def evaluation_people(count: int) -> list[Person]:
-    """The first `count` people results are measured on besides Person A; their lasting traits come from their seeds."""
+def evaluation_people(count: int, species: str | Species = "people") -> list[Person]:
+    """The first `count` people results are measured on besides Person A; their lasting traits come from their seeds.
+
+    With `species` "cats" they are cats of the same seeds.
+    """
+    kind = species_of(species)
     seeds = range(EVAL_SEEDS + 100, EVAL_SEEDS + 100 + count)
-    return [Person(f"Person {seed}", seed) for seed in seeds]
+    return [Person(f"{kind.individual} {seed}", seed, None, kind.name) for seed in seeds]
 
 
 class Photos(NamedTuple):
@@ -109,8 +117,8 @@ def _plan(person: Person, split: str, count: int) -> tuple[Tensor, Tensor, Tenso
     )
     nuisance = torch.from_numpy(draws[:, 2:].astype(np.float32))
     own = world.sample_nuisance(person.seed)[0]
-    for name, spread in HABITS.items():
-        at = world.NUISANCE_NAMES.index(name)
+    for name, spread in person.kind.habits.items():
+        at = person.kind.nuisance_names.index(name)
         nuisance[:, at] = own[at] + spread * nuisance[:, at]
     yaw, pitch = torch.from_numpy(draws[:, :2].astype(np.float32)).unbind(1)
     yaw = (YAW * yaw).clamp(-YAW_LIMIT, YAW_LIMIT)
@@ -124,7 +132,7 @@ def photos(person: Person, split: str = "train", count: int = 50, resolution: in
     """The first `count` photos of a person's "train" or "test" split, drawn at resolution²."""
     labels, params, traits = _plan(person, split, count)
     cam2world, _ = cameras.split_label(labels)
-    drawn = world.render(params, traits, cam2world, None, resolution)
+    drawn = world.render(params, traits, cam2world, None, resolution, species=person.kind)
     return Photos(drawn.image, labels, params, traits, drawn.mask)
 
 
@@ -156,12 +164,14 @@ def write_album(person: Person, folder: str | Path, train: int = 50, test: int =
     manifest = {
         "person": person.name,
         "seed": person.seed,
-        "traits": {name: value for name, value in zip(world.TRAIT_NAMES, person.trait_row().tolist()) if value},
+        "traits": {name: value for name, value in zip(person.kind.trait_names, person.trait_row().tolist()) if value},
         "procedural": True,
         "resolution": resolution,
         "split": files,
-        "consent": CONSENT,
+        "consent": person.kind.consent,
     }
+    if person.kind is not PEOPLE:
+        manifest["species"] = person.species
     (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
     return folder

@@ -1,8 +1,9 @@
-"""Trains the lab's perceptual net and identity encoder on drawings of procedural people.
+"""Trains the lab's perceptual net and identity encoder on drawings of procedural people, or of cats.
 
     python -m convlora.integrations.eg3d.lab.train_networks photos --people 7000 --each 3
     python -m convlora.integrations.eg3d.lab.train_networks perceptual --minutes 12
     python -m convlora.integrations.eg3d.lab.train_networks identity --minutes 12
+    python -m convlora.integrations.eg3d.lab.train_networks identity --species cats --folder .lab/cats --resume
 
 `photos` draws the people once into a memory-mapped folder; drawing can still be going on while the others train.
 Seeds of training people lie below 100_000 and those of the validation people start at 800_000, so neither
@@ -26,12 +27,13 @@ from tqdm import tqdm
 
 from .. import cameras
 from . import networks, world
+from ._species import PEOPLE, SPECIES, Species
+from ._species import species as species_of
 from ._training import angles, curve, orbit, write_provenance
-from .networks import IdentityEncoder, PerceptualNet, save
+from .networks import IdentityEncoder, PerceptualNet, file_name, save
 
 VALIDATION_SEED = 800_000
 SIZE = 128
-SIDED = ("gaze_x", "hair_parting", "light_x")  # parameters that change sign in a mirror
 WEIGHTS = Path(__file__).parent / "data"
 
 
@@ -46,6 +48,7 @@ class Photos:
     angles: Tensor
     person: Tensor
     folder: Path
+    kind: Species
 
     def ready(self) -> int:
         """How many pictures from the start have been drawn so far."""
@@ -58,13 +61,14 @@ class Photos:
 
     def mirrored(self) -> Photos:
         """What the same pictures show after a swap of left and right; `batch` still gives them unswapped."""
-        names = (*world.IDENTITY_NAMES, *world.NUISANCE_NAMES)
-        sign = torch.tensor([-1.0 if name in SIDED else 1.0 for name in names])
+        sign = torch.tensor([-1.0 if name in self.kind.sided else 1.0 for name in self.kind.param_names])
         turned = self.angles * torch.tensor([-1.0, 1.0])
         return replace(self, params=self.params * sign, angles=turned, labels=cameras.label(orbit(*turned.unbind(1))))
 
 
-def plan(first_seed: int, people: int, each: int, plain: float = 0.4, alike: bool = False) -> dict[str, Tensor]:
+def plan(
+    first_seed: int, people: int, each: int, kind: Species, plain: float = 0.4, alike: bool = False
+) -> dict[str, Tensor]:
     """Who is drawn how: `each` photos of every person, in an order where people mix; a share has no rare traits.
 
     `alike`: people 2k and 2k + 1 have the same identity parameters, and the second has a rare trait of its own.
@@ -75,14 +79,14 @@ def plan(first_seed: int, people: int, each: int, plain: float = 0.4, alike: boo
     faces = [seed - (seed - first_seed) % 2 for seed in seeds] if alike else seeds
     identity = world.sample_identity(faces).repeat(each, 1)
     nuisance = world.sample_nuisance(list(range(first_seed + people, first_seed + people + total)))
-    lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
+    lasting = torch.tensor([name in kind.lasting_traits for name in kind.trait_names])
     marked = (torch.rand(people, 1, generator=generator) >= plain).float()
-    own = world.sample_traits(seeds) * marked
+    own = world.sample_traits(seeds, kind) * marked
     if alike:
-        marks = world.sample_traits(list(range(first_seed, first_seed + 12 * people))) * lasting
+        marks = world.sample_traits(list(range(first_seed, first_seed + 12 * people)), kind) * lasting
         own[1::2] = marks[marks.ne(0).any(1)][: len(own[1::2])]
     traits = own.repeat(each, 1)
-    passing = world.sample_traits(list(range(first_seed + people, first_seed + people + total)))
+    passing = world.sample_traits(list(range(first_seed + people, first_seed + people + total)), kind)
     traits = torch.where(lasting, traits, passing)
     yaw, pitch = angles(total, generator)
     return {
@@ -93,10 +97,12 @@ def plan(first_seed: int, people: int, each: int, plain: float = 0.4, alike: boo
     }
 
 
-def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int, alike: bool = False) -> None:
+def draw(
+    folder: Path, first_seed: int, people: int, each: int, supersample: int, kind: Species, alike: bool = False
+) -> None:
     """Draw a plan into `folder`, from where it was left; progress is in the file `drawn`."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = plan(first_seed, people, each, alike=alike)
+    facts = plan(first_seed, people, each, kind, alike=alike)
     total = len(facts["person"])
     arrays: dict[str, Any] = {name: value.numpy() for name, value in facts.items()}
     np.savez(folder / "facts.npz", **arrays)
@@ -108,14 +114,15 @@ def draw(folder: Path, first_seed: int, people: int, each: int, supersample: int
     cam2world = orbit(*facts["angles"].unbind(1))
     for start in tqdm(range(done, total, 16), desc=f"drawing {folder.name}", mininterval=20):
         part = slice(start, min(start + 16, total))
-        photo = world.render(facts["params"][part], facts["traits"][part], cam2world[part], None, SIZE, supersample)
+        rows = facts["params"][part], facts["traits"][part]
+        photo = world.render(*rows, cam2world[part], None, SIZE, supersample, kind)
         pictures[part] = ((photo.image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         temporary = count.with_suffix(".tmp")
         temporary.write_text(str(part.stop))
         temporary.replace(count)
 
 
-def open_photos(folder: Path) -> Photos:
+def open_photos(folder: Path, kind: Species) -> Photos:
     facts = {name: torch.from_numpy(value) for name, value in np.load(folder / "facts.npz").items()}
     pictures = np.load(folder / "pictures.npy", mmap_mode="r")
     return Photos(
@@ -126,6 +133,7 @@ def open_photos(folder: Path) -> Photos:
         facts["angles"],
         facts["person"],
         folder,
+        kind,
     )
 
 
@@ -150,9 +158,12 @@ def steps_of(photos: Photos, batch: int, minutes: float, name: str, rng: torch.G
             yield spent / (minutes * 60), torch.randint(photos.ready(), (batch,), generator=rng).sort().values, bar
 
 
-def train_perceptual(photos: Photos, held: Photos, minutes: float, seed: int, out: Path) -> dict[str, Any]:
+def train_perceptual(
+    photos: Photos, held: Photos, minutes: float, seed: int, out: Path, start: PerceptualNet | None = None
+) -> dict[str, Any]:
     """Regression of parameters and camera angles from 64² and 128² photos."""
-    net = PerceptualNet(photos.params.shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = PerceptualNet(photos.params.shape[1]) if start is None else start.requires_grad_(True).train()
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(net.parameters(), 1.5e-3, weight_decay=1e-3)
     rng, step, sides = torch.Generator().manual_seed(seed), 0, (photos, photos.mirrored())
     for fraction, index, bar in steps_of(photos, 64, minutes, "perceptual", rng):
@@ -175,7 +186,7 @@ def train_perceptual(photos: Photos, held: Photos, minutes: float, seed: int, ou
         step += 1
         if step % 100 == 0:
             bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
-    save(net.eval(), out / "perceptual.safetensors")
+    save(net.eval(), out / f"{file_name('perceptual', photos.kind)}.safetensors")
     return {"steps": step, **measure_perceptual(net, held)}
 
 
@@ -188,7 +199,7 @@ def measure_perceptual(net: PerceptualNet, held: Photos) -> dict[str, Any]:
     params, pose = (torch.cat(column) for column in zip(*found, strict=True))
     truth = held.params[:count]
     explained = 1 - (params - truth).square().mean(0) / truth.var(0)
-    names = (*world.IDENTITY_NAMES, *world.NUISANCE_NAMES)
+    names = held.kind.param_names
     return {
         "held_out_photos": count,
         "explained_variance": round(explained.mean().item(), 4),
@@ -223,9 +234,12 @@ def train_identity(
     photos: Photos, held: Photos, alike: Photos, minutes: float, seed: int, out: Path, start: IdentityEncoder | None
 ) -> dict[str, Any]:
     """Contrast between people, plus regression of what makes a person: identity parameters and lasting traits."""
-    lasting = torch.tensor([name in world.IDENTITY_TRAITS for name in world.TRAIT_NAMES])
+    lasting = torch.tensor([name in photos.kind.lasting_traits for name in photos.kind.trait_names])
     facts = torch.cat([photos.params[:, : world.IDENTITY_DIM], photos.traits[:, lasting]], 1)
     net = IdentityEncoder(facts.shape[1]) if start is None else start.requires_grad_(True).train()
+    if net.factors.out_features != facts.shape[1]:  # begun with another species, whose factors mean something else
+        net.factors = nn.Linear(net.factors.in_features, facts.shape[1])
+        net.config["factors"] = facts.shape[1]
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rate = 2e-3 if start is None else 1e-3
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=2e-3)
@@ -252,7 +266,7 @@ def train_identity(
         if step % 500 == 0:
             tqdm.write(json.dumps({"step": step, **measure_identity(net, held, alike)}))
             net.train()
-    save(net.eval(), out / "identity.safetensors")
+    save(net.eval(), out / f"{file_name('identity', photos.kind)}.safetensors")
     return {"steps": step, "people": int(photos.person.max()) + 1, **measure_identity(net, held, alike)}
 
 
@@ -307,36 +321,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--people", type=int, default=7000)
     parser.add_argument("--each", type=int, default=3)
+    parser.add_argument("--held-people", type=int, default=200, help="photos: unseen ones to measure on, of each kind")
+    parser.add_argument("--held-each", type=int, default=8)
     parser.add_argument("--supersample", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="identity: begin with the shipped weights")
+    parser.add_argument("--resume", action="store_true", help="begin with the shipped weights of people")
+    parser.add_argument("--species", choices=list(SPECIES), default="people")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    kind = species_of(options.species)
     if options.what == "photos":
-        draw(options.folder / "held", VALIDATION_SEED, 200, 8, options.supersample)
-        draw(options.folder / "alike", VALIDATION_SEED + 20_000, 200, 8, options.supersample, alike=True)
-        draw(options.folder / "train", 0, options.people, options.each, options.supersample, alike=True)
+        unseen = options.held_people, options.held_each, options.supersample, kind
+        draw(options.folder / "held", VALIDATION_SEED, *unseen)
+        draw(options.folder / "alike", VALIDATION_SEED + 20_000, *unseen, alike=True)
+        draw(options.folder / "train", 0, options.people, options.each, options.supersample, kind, alike=True)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    photos, held = open_photos(options.folder / "train"), open_photos(options.folder / "held")
+    photos, held = (open_photos(options.folder / part, kind) for part in ("train", "held"))
+    begin: Any = networks.load(options.what) if options.resume else None
     if options.what == "identity":
-        begin = networks.load("identity") if options.resume else None
-        assert begin is None or isinstance(begin, IdentityEncoder)
-        alike = open_photos(options.folder / "alike")
+        alike = open_photos(options.folder / "alike", kind)
         facts = train_identity(photos, held, alike, options.minutes, options.seed, options.out, begin)
     else:
-        facts = train_perceptual(photos, held, options.minutes, options.seed, options.out)
+        facts = train_perceptual(photos, held, options.minutes, options.seed, options.out, begin)
     command = (
         f"python -m convlora.integrations.eg3d.lab.train_networks {options.what} "
         f"--minutes {options.minutes:g} --seed {options.seed} --threads {options.threads}"
-        + " --resume"
-        * options.resume
+        + " --resume" * options.resume
+        + (f" --species {kind.name} --folder FOLDER" if kind is not PEOPLE else "")
     )
     write_provenance(
-        options.out / f"{options.what}.json",
+        options.out / f"{file_name(options.what, kind)}.json",
         command=command,
         seed=options.seed,
         hours=round(options.minutes / 60, 3),

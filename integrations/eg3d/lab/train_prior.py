@@ -2,6 +2,7 @@
 
     python -m convlora.integrations.eg3d.lab.train_prior --minutes 90 --out .lab/prior
     python -m convlora.integrations.eg3d.lab.train_prior --minutes 120 --out .lab/prior --resume
+    python -m convlora.integrations.eg3d.lab.train_prior --species cats --start lab --minutes 50 --out .lab/cats
 
 No adversary is needed to start with: the head that belongs to a latent z is z itself (see `lab.z_from_params`),
 so the generator is fitted to the truth by regression. The first part of the time goes to single rays, half
@@ -31,6 +32,8 @@ from .. import cameras, checkpoint, renderer
 from ..configs import CONFIGS
 from ..generator import TriPlaneGenerator
 from . import networks, world
+from ._species import SPECIES
+from ._species import species as species_of
 from ._training import angles, curve, orbit, write_checkpoint, write_provenance, write_sheet
 from .networks import PerceptualNet
 
@@ -54,31 +57,33 @@ class Plan:
     affine_rate: float = 3.0
     density_rate: float = 3.0
     seed: int = 0
+    species: str = "people"
 
 
 @dataclass
 class Heads:
-    """A batch of random heads: latents, parameters, cameras and their labels."""
+    """A batch of random heads of one species: latents, parameters, cameras and their labels."""
 
     z: Tensor
     params: Tensor
     cameras: Tensor
     labels: Tensor
+    species: str
 
     @property
     def origins(self) -> Tensor:
         return self.cameras[:, :3, 3].contiguous()
 
     def first(self, count: int) -> Heads:
-        return Heads(self.z[:count], self.params[:count], self.cameras[:count], self.labels[:count])
+        return Heads(self.z[:count], self.params[:count], self.cameras[:count], self.labels[:count], self.species)
 
 
-def random_heads(count: int, z_dim: int, generator: torch.Generator) -> Heads:
+def random_heads(count: int, z_dim: int, generator: torch.Generator, species: str = "people") -> Heads:
     """Latents and the heads they stand for: params are the first entries of z scaled to unit mean square."""
     z = torch.randn(count, z_dim, generator=generator)
     cam2world = orbit(*angles(count, generator))
     params = (z * z.square().mean(1, keepdim=True).rsqrt())[:, : world.PARAM_DIM]
-    return Heads(z, params.contiguous(), cam2world, cameras.label(cam2world))
+    return Heads(z, params.contiguous(), cam2world, cameras.label(cam2world), species)
 
 
 def aimed_rays(heads: Heads, count: int, generator: torch.Generator) -> Tensor:
@@ -86,9 +91,10 @@ def aimed_rays(heads: Heads, count: int, generator: torch.Generator) -> Tensor:
     spread = count // 2
     uv = torch.rand(len(heads.z), spread, 2, generator=generator)
     _, even = world.rays_through(heads.cameras, None, uv)
-    points = world.anchors3d(heads.params, None)
-    brows = points[:, :2] + torch.tensor([0.0, 0.035, 0.0])
-    spots = torch.cat([points, points[:, 3:].mean(1, keepdim=True), points[:, :2], brows], 1)
+    points = world.anchors3d(heads.params, None, heads.species)
+    eyes, outwards = points[:, :2], torch.tensor([[-1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    near = [eyes + outwards * torch.tensor(aim) for aim in species_of(heads.species).aims]
+    spots = torch.cat([points, points[:, 3:].mean(1, keepdim=True), eyes, *near], 1)
     pick = torch.randint(spots.shape[1], (len(spots), count - spread, 1), generator=generator)
     jitter = torch.randn(len(spots), count - spread, 3, generator=generator) * torch.tensor([0.028, 0.02, 0.01])
     aim = spots.gather(1, pick.expand(-1, -1, 3)) + jitter
@@ -138,7 +144,7 @@ class Trainer:
 
     def ray_loss(self, heads: Heads, planes: Tensor, count: int, geometry: float) -> dict[str, Tensor]:
         directions = aimed_rays(heads, count, self.rng)
-        truth = world.trace(heads.params, None, heads.origins, directions)
+        truth = world.trace(heads.params, None, heads.origins, directions, heads.species)
         near, far = self.options["ray_start"], self.options["ray_end"]
         depths = known_depths(truth.depth, near, far)
         colours, sigma = self.field(planes, heads.origins, directions, depths)
@@ -182,7 +188,7 @@ class Trainer:
     def train_step(self, fraction: float) -> dict[str, Tensor]:
         plan = self.plan
         alone = fraction < plan.rays_share
-        heads = random_heads(plan.heads, self.model.z_dim, self.rng)
+        heads = random_heads(plan.heads, self.model.z_dim, self.rng, plan.species)
         ws, planes = self.planes(heads)
         geometry = 2.0 * max(0.1, 1 - fraction / max(plan.rays_share, 1e-6))
         out = self.ray_loss(heads, planes, plan.rays if alone else plan.patch_rays, geometry)
@@ -237,9 +243,12 @@ class Trainer:
         self.average.load_state_dict(state)
 
     def export(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Write the average, as float16 for any species but people, and how it was made beside it."""
         centre(self.average)
-        checkpoint.save_generator(self.average, folder / "prior.safetensors")
-        write_provenance(folder / "prior.json", steps=self.step, hours=round(self.spent / 3600, 3), **facts)
+        name = networks.file_name("prior", self.plan.species)
+        dtype = None if self.plan.species == "people" else torch.float16
+        checkpoint.save_generator(self.average, folder / f"{name}.safetensors", dtype=dtype)
+        write_provenance(folder / f"{name}.json", steps=self.step, hours=round(self.spent / 3600, 3), **facts)
 
 
 def density_row(model: TriPlaneGenerator) -> Tensor:
@@ -333,7 +342,7 @@ def grid(corner: Tensor, size: int, full: int) -> Tensor:
 def patch_corners(heads: Heads, size: int, generator: torch.Generator) -> Tensor:
     """Where patches start (N, 2): on or beside a feature of the face mostly, anywhere otherwise."""
     count = len(heads.z)
-    marks = world.landmarks(heads.params, None, heads.cameras, None)
+    marks = world.landmarks(heads.params, None, heads.cameras, None, heads.species)
     pick = torch.randint(marks.shape[1], (count, 1, 1), generator=generator).expand(-1, -1, 2)
     near = marks.gather(1, pick)[:, 0] * size - PATCH / 2
     near = near + torch.randn(count, 2, generator=generator) * 5
@@ -346,7 +355,7 @@ def truth_patches(heads: Heads, corner: Tensor, size: int) -> Tensor:
     """Drawn patches (N, 3, 2 PATCH, 2 PATCH) in [-1, 1] of the final image, 2 × 2 rays to a pixel."""
     side = PATCH * 4
     _, directions = world.rays_through(heads.cameras, None, grid(corner * 4, side, size * 4))
-    colour = world.trace(heads.params, None, heads.origins, directions).rgb
+    colour = world.trace(heads.params, None, heads.origins, directions, heads.species).rgb
     return F.avg_pool2d(colour.transpose(1, 2).reshape(len(corner), 3, side, side), 2) * 2 - 1
 
 
@@ -358,14 +367,14 @@ def superresolve(model: TriPlaneGenerator, features: Tensor, ws: Tensor) -> Tens
 
 
 @torch.no_grad()
-def judge(model: TriPlaneGenerator, path: Path | None, count: int = 8) -> dict[str, float]:
+def judge(model: TriPlaneGenerator, path: Path | None, count: int = 8, species: str = "people") -> dict[str, float]:
     """Unseen heads over yaw -0.35 … 0.35 through the whole generator: PSNR against the truth, and a contact sheet."""
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     z = torch.randn(count, model.z_dim, generator=generator)
     params = (z * z.square().mean(1, keepdim=True).rsqrt())[:, : world.PARAM_DIM].contiguous()
     cam2world = orbit(torch.linspace(-0.35, 0.35, count), torch.linspace(0.15, -0.15, count))
     label = cameras.label(cam2world)
-    truth = world.render(params, None, cam2world, None, model.img_resolution, 2)
+    truth = world.render(params, None, cam2world, None, model.img_resolution, 2, species)
     out = model.synthesis(model.mapping(z, label), label, noise_mode="const", deterministic=True)
     if path is not None:
         write_sheet(path, [truth.image, out["image"], out["image_raw"]], 2)
@@ -417,7 +426,7 @@ def fit(trainer: Trainer, out: Path, command: str, export: Path) -> None:
                 )
             if time.monotonic() - saved > 600 or trainer.spent >= budget:
                 trainer.save(out / "last.pt")
-                facts = judge(trainer.average, out / f"sheet_{trainer.step:06d}.png")
+                facts = judge(trainer.average, out / f"sheet_{trainer.step:06d}.png", species=trainer.plan.species)
                 log(out / "judged.csv", trainer, facts)
                 trainer.export(export, {"command": command, "seed": trainer.plan.seed, **facts})
                 saved = time.monotonic()
@@ -438,6 +447,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, default=WEIGHTS, help="folder of prior.safetensors and prior.json")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     parser.add_argument("--start", type=Path, help="begin with a generator's weights, such as the shipped prior's")
+    parser.add_argument("--species", choices=list(SPECIES), default="people")
     parser.add_argument("--rays-share", type=float, default=Plan.rays_share)
     parser.add_argument("--rate", type=float, default=Plan.rate)
     parser.add_argument("--device", default="cpu")
@@ -445,7 +455,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    plan = Plan(options.minutes, rays_share=options.rays_share, rate=options.rate, seed=options.seed)
+    plan = Plan(
+        options.minutes,
+        rays_share=options.rays_share,
+        rate=options.rate,
+        seed=options.seed,
+        species=options.species,
+    )
     trainer = Trainer(plan, options.device)
     if options.start is not None:
         trainer.begin_with(options.start)
@@ -454,6 +470,8 @@ def main() -> None:
     command = (
         f"python -m convlora.integrations.eg3d.lab.train_prior --minutes {options.minutes:g} "
         f"--rays-share {options.rays_share:g} --rate {options.rate:g} --seed {options.seed}"
+        + (f" --species {options.species}" if options.species != "people" else "")
+        + (f" --start {options.start}" if options.start is not None else "")
     )
     fit(trainer, options.out, command, options.export)
 

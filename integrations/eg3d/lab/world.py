@@ -3,6 +3,8 @@
 One photo is a row of PARAM_DIM numbers, each N(0, 1) a priori: who it is (the first IDENTITY_DIM) and how the
 photo was taken (the rest). A row of traits adds what no such photo shows: marks, asymmetry, unusual
 proportions, occluders. Heads sit at the origin, y up, faces towards +z; see `cameras` for the camera convention.
+
+The names and what they draw are those of a species, people unless `species` says otherwise; all have equally many.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from convlora.errors import ConvloraError
 
 from .. import cameras
 from ..configs import CONFIGS
-from ._decode import decode
 from ._names import (
     IDENTITY_DIM,
     IDENTITY_NAMES,
@@ -31,6 +32,8 @@ from ._names import (
     TRAIT_DIM,
     TRAIT_NAMES,
 )
+from ._species import Species
+from ._species import species as species_of
 
 __all__ = [
     "IDENTITY_DIM", "IDENTITY_NAMES", "IDENTITY_TRAITS", "NUISANCE_DIM", "NUISANCE_NAMES", "OCCLUDER_TRAITS",
@@ -79,18 +82,20 @@ def sample_nuisance(seed: int | Sequence[int]) -> Tensor:
     return _normals(seed, _NUISANCE, NUISANCE_DIM)
 
 
-def sample_traits(seed: int | Sequence[int]) -> Tensor:
+def sample_traits(seed: int | Sequence[int], species: str | Species = "people") -> Tensor:
     """One row of traits per seed: (N, TRAIT_DIM); most are 0, each appears with a fixed small probability."""
+    kind = species_of(species)
+    group = kind.trait_names[0].partition("_")[0]  # place, size and darkness of one mark come together
     rows = np.zeros((1 if isinstance(seed, int) else len(seed), TRAIT_DIM), np.float32)
     for row, rng in zip(rows, _generators(seed, _TRAITS)):
         # Every number is drawn whether used or not, so that one trait never shifts another's stream.
         present, amount = rng.random(TRAIT_DIM), rng.uniform(0.5, 1.0, TRAIT_DIM)
         sign = np.where(rng.random(TRAIT_DIM) < 0.5, -1.0, 1.0)
-        for at, name in enumerate(TRAIT_NAMES):
-            if name.startswith("birthmark"):
+        for at, name in enumerate(kind.trait_names):
+            if name.startswith(group):
                 if present[0] < TRAIT_SHARE:
                     row[at] = amount[at] * (sign[at] if name[-1] in "xy" else 1)
-            elif present[at] < (OCCLUDER_SHARE if name in OCCLUDER_TRAITS else TRAIT_SHARE):
+            elif present[at] < (OCCLUDER_SHARE if name in kind.occluder_traits else TRAIT_SHARE):
                 row[at] = amount[at] * (sign[at] if name.endswith("asymmetry") else 1)
     return torch.from_numpy(rows)
 
@@ -104,12 +109,12 @@ def _rows(values: Tensor | np.ndarray, width: int, what: str) -> np.ndarray:
     return array
 
 
-def _heads(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None) -> np.ndarray:
+def _heads(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None, kind: Species) -> np.ndarray:
     rows = _rows(params, PARAM_DIM, "params")
     marks = np.zeros((len(rows), TRAIT_DIM)) if traits is None else _rows(traits, TRAIT_DIM, "traits")
     if len(marks) != len(rows):
         raise ConvloraError(f"params has {len(rows)} rows and traits {len(marks)}: give one trait row per photo")
-    return decode(rows, marks)
+    return kind.decode(rows, marks)
 
 
 def _floats(values: Tensor | np.ndarray, shape: tuple[int | None, ...], what: str) -> np.ndarray:
@@ -125,23 +130,26 @@ def trace(
     traits: Tensor | np.ndarray | None,
     origins: Tensor | np.ndarray,
     directions: Tensor | np.ndarray,
+    species: str | Species = "people",
 ) -> Trace:
     """Colours, depths and parts along rays.
 
     params (N, PARAM_DIM), traits (N, TRAIT_DIM) or None, origins (N, 3), directions (N, M, 3) of unit length.
-    Parts: 0 background, 1 skin, 2 eye, 3 hair, 4 mouth interior, 5 clothes, 6 occluder. A ray that meets no solid
+    Parts: 0 background, 1 skin, 2 eye, 3 hair, 4 mouth interior, 5 clothes, 6 occluder; a cat's fur is skin on its head
+    and clothes below. A ray that meets no solid
     ends on the far side of the backdrop sphere, so depth is always finite. Float32 on the CPU.
     """
-    from . import _jit, _tracer
+    from . import _jit
 
-    heads = _heads(params, traits)
+    kind = species_of(species)
+    heads = _heads(params, traits, kind)
     start = _floats(origins, (len(heads), 3), "origins")
     rays = _floats(directions, (len(heads), None, 3), "directions")
     shape = rays.shape[:2]
     rgb, depth = np.empty((*shape, 3), np.float32), np.empty(shape, np.float32)
     part = np.empty(shape, np.uint8)
     _jit.use_threads(torch.get_num_threads())
-    _tracer.trace_rays(heads, start, rays, rgb, depth, part)
+    kind.tracer().trace_rays(heads, start, rays, rgb, depth, part)
     return Trace(torch.from_numpy(rgb), torch.from_numpy(depth), torch.from_numpy(part))
 
 
@@ -187,6 +195,7 @@ def render(
     intrinsics: Tensor | np.ndarray | None,
     resolution: int,
     supersample: int = 2,
+    species: str | Species = "people",
 ) -> Photo:
     """Photos of heads, each pixel the mean of supersample² rays.
 
@@ -196,7 +205,7 @@ def render(
     if resolution < 1 or supersample < 1:
         raise ConvloraError(f"resolution and supersample must be at least 1, got {resolution} and {supersample}")
     side = resolution * supersample
-    rgb, depth, part = trace(params, traits, *pixel_rays(cam2world, intrinsics, side))
+    rgb, depth, part = trace(params, traits, *pixel_rays(cam2world, intrinsics, side), species)
     image = rgb.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
     head = ((part > 0) & (part != 5)).float().reshape(-1, 1, side, side)
     pool = torch.nn.functional.avg_pool2d
@@ -204,26 +213,33 @@ def render(
     return Photo((image * 2 - 1).contiguous(), depth, mask)
 
 
-def sdf(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None, points: Tensor | np.ndarray) -> Tensor:
+def sdf(
+    params: Tensor | np.ndarray,
+    traits: Tensor | np.ndarray | None,
+    points: Tensor | np.ndarray,
+    species: str | Species = "people",
+) -> Tensor:
     """Signed distance (N, M) of the union of all solids at points (N, M, 3): right in sign, approximate in size."""
-    from . import _jit, _tracer
+    from . import _jit
 
-    heads = _heads(params, traits)
+    kind = species_of(species)
+    heads = _heads(params, traits, kind)
     where = _floats(points, (len(heads), None, 3), "points")
     out = np.empty(where.shape[:2], np.float32)
     _jit.use_threads(torch.get_num_threads())
-    _tracer.distances(heads, where, out)
+    kind.tracer().distances(heads, where, out)
     return torch.from_numpy(out)
 
 
-def anchors3d(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None) -> Tensor:
+def anchors3d(
+    params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None, species: str | Species = "people"
+) -> Tensor:
     """World points (N, 5, 3) on the skin: left eye, right eye, nose tip, left and right mouth corner.
 
     Left is left in a frontal photo, that is negative x.
     """
-    from . import _tracer
-
-    h = _heads(params, traits)
+    kind = species_of(species)
+    h = _heads(params, traits, kind)
     lift = 0.5 * (h["eye_top"] - h["eye_bottom"])  # the middle of the opening lies above the line of its corners
     zero = np.zeros(len(h))
     corner = h["curl"] * 0.65
@@ -238,7 +254,7 @@ def anchors3d(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None) -
         1,
     )
     z = np.empty(xy.shape[:2])
-    _tracer.skin_in_front(h, xy, z)
+    kind.tracer().skin_in_front(h, xy, z)
     return torch.from_numpy(np.concatenate([xy, z[..., None]], -1).astype(np.float32))
 
 
@@ -247,22 +263,26 @@ def landmarks(
     traits: Tensor | np.ndarray | None,
     cam2world: Tensor | np.ndarray,
     intrinsics: Tensor | np.ndarray | None,
+    species: str | Species = "people",
 ) -> Tensor:
     """`anchors3d` in the photo: (N, 5, 2), x then y, as shares of the image from its upper left corner."""
     poses, k = _camera(cam2world, intrinsics)
-    points = anchors3d(params, traits)
+    points = anchors3d(params, traits, species)
     local = torch.einsum("nji,nkj->nki", poses[:, :3, :3], points - poses[:, None, :3, 3])
     pixels = local @ k.T
     return pixels[..., :2] / pixels[..., 2:]
 
 
-def attributes(params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None) -> dict[str, Tensor]:
+def attributes(
+    params: Tensor | np.ndarray, traits: Tensor | np.ndarray | None, species: str | Species = "people"
+) -> dict[str, Tensor]:
     """True labels by name, each (N,): parameters squashed to [-1, 1] as the drawing uses them, traits as given."""
     rows = torch.from_numpy(_rows(params, PARAM_DIM, "params").astype(np.float32))
     marks = np.zeros((len(rows), TRAIT_DIM)) if traits is None else _rows(traits, TRAIT_DIM, "traits")
     squashed = torch.tanh(rows / 2)
-    labels = {name: squashed[:, at] for at, name in enumerate(PARAM_NAMES)}
-    labels.update({name: torch.from_numpy(marks[:, at].astype(np.float32)) for at, name in enumerate(TRAIT_NAMES)})
+    kind = species_of(species)
+    labels = {name: squashed[:, at] for at, name in enumerate(kind.param_names)}
+    labels.update({name: torch.from_numpy(marks[:, at].astype(np.float32)) for at, name in enumerate(kind.trait_names)})
     return labels
 
 

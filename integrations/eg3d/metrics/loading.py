@@ -29,8 +29,9 @@ _PERCEPTUAL: dict[str, tuple[Callable[[], LPIPS | DISTS], tuple[str, str]]] = {
     "lpips_squeeze": (partial(LPIPS, "squeeze"), ("squeezenet1_1", "lpips_squeeze")),
     "dists": (DISTS, ("vgg16", "dists")),
 }
-PERCEPTUAL = (*_PERCEPTUAL, "lab")
-IDENTITY = ("arcface_ir101", "arcface_ir_se50", "lab")
+_LAB = {"lab": "people", "lab-cats": "cats"}  # the lab's networks, by the species they know
+PERCEPTUAL = (*_PERCEPTUAL, *_LAB)
+IDENTITY = ("arcface_ir101", "arcface_ir_se50", *_LAB)
 
 # the whole networks of the packages lpips and DISTS-pytorch keep the trunk's numbers behind their own names
 _WHOLE = ((r"^net\.slice\d+\.", "features."), (r"^stage\d+\.", "features."))
@@ -94,8 +95,8 @@ def load_perceptual(name: str, path: Paths | None = None, device: torch.device |
         HubError: weights are neither here nor can they be fetched; the message says how to bring them.
     """
     name, path = _split(name, path, PERCEPTUAL)
-    if name == "lab":
-        return _lab_perceptual(path, torch.device(device))
+    if name in _LAB:
+        return _lab_perceptual(name, path, torch.device(device))
     build, parts = _PERCEPTUAL[name]
     net = build()
     heads = [key for key in net.state_dict() if not key.startswith("features.")]
@@ -117,10 +118,10 @@ def load_identity(
     """
     check_align(align)
     name, path = _split(name, path, IDENTITY)
-    if name == "lab":
+    if name in _LAB:
         if align != "pool":
             raise ConvloraError(f'the lab\'s identity net takes whole images: align must be "pool", not {align!r}')
-        return _lab_identity(path, torch.device(device))
+        return _lab_identity(name, path, torch.device(device))
     net = ArcFace(name)
     keys = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
     source, digests = _fill(net, {name: keys}, path)
@@ -136,7 +137,7 @@ def described(network: object) -> str:
     """A network and its weights for a report: its name, and each file with its SHA-256; "" for a plain function."""
     if not isinstance(network, PerceptualDistance | IdentityNetwork):
         return ""
-    align = f", align {network.align}" if isinstance(network, IdentityNetwork) and network.name != "lab" else ""
+    align = f", align {network.align}" if isinstance(network, IdentityNetwork) and network.name not in _LAB else ""
     weights = ", ".join(
         f"{Path(file).name} SHA-256 {digest}" for file, digest in zip(network.source, network.sha256, strict=True)
     )
@@ -207,15 +208,15 @@ def _files(path: Paths | None, needs: Iterable[str]) -> list[Path]:
     return [published.locate(each) for each in paths]
 
 
-def _lab_perceptual(path: Paths | None, device: torch.device) -> PerceptualDistance:
+def _lab_perceptual(name: str, path: Paths | None, device: torch.device) -> PerceptualDistance:
     from convlora.integrations.eg3d.lab import networks as lab
 
-    file = _lab_file("perceptual", path)
-    net = lab.load("perceptual", device, None if path is None else file)
+    file = _lab_file(lab.file_name("perceptual", _LAB[name]), path)
+    net = lab.load("perceptual", device, None if path is None else file, _LAB[name])
     assert isinstance(net, lab.PerceptualNet)
     features = net.features
     return PerceptualDistance(
-        "lab",
+        name,
         lambda images: features(images.to(device)),
         lab.features_distance,
         (str(file),),
@@ -223,13 +224,13 @@ def _lab_perceptual(path: Paths | None, device: torch.device) -> PerceptualDista
     )
 
 
-def _lab_identity(path: Paths | None, device: torch.device) -> IdentityNetwork:
+def _lab_identity(name: str, path: Paths | None, device: torch.device) -> IdentityNetwork:
     from convlora.integrations.eg3d.lab import networks as lab
 
-    file = _lab_file("identity", path)
-    net = lab.load("identity", device, None if path is None else file)
+    file = _lab_file(lab.file_name("identity", _LAB[name]), path)
+    net = lab.load("identity", device, None if path is None else file, _LAB[name])
     return IdentityNetwork(
-        "lab", "pool", lambda images, _: net(images.to(device)), (str(file),), (published.digest(file),)
+        name, "pool", lambda images, _: net(images.to(device)), (str(file),), (published.digest(file),)
     )
 
 
