@@ -18,16 +18,17 @@ class Views(NamedTuple):
     depths: Tensor
 
 
-def novel_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size: int = 8) -> Tensor:
+def novel_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size: int | None = None) -> Tensor:
     """The images (N, V, 3, R, R) of `render_views`."""
     return render_views(G, w, labels, batch_size=batch_size).images
 
 
 @torch.no_grad()
-def render_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size: int = 8) -> Views:
+def render_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size: int | None = None) -> Views:
     """Render latents w (N, w_dim), or ws (N, num_ws, w_dim), from cameras labels (V, 25), or (N, V, 25) of their own.
 
-    On the CPU, rendered deterministically.
+    `batch_size` None is 8, or 4 on a CPU, whose cache holds no more. The results are on the CPU, rendered
+    deterministically.
     """
     if labels.ndim == 2:
         labels = labels.expand(len(w), -1, -1)
@@ -37,6 +38,7 @@ def render_views(G: TriPlaneGenerator, w: Tensor, labels: Tensor, *, batch_size:
             f"not {tuple(w.shape)} and {tuple(labels.shape)}"
         )
     device = next(G.parameters()).device
+    batch_size = batch_size or (4 if device.type == "cpu" else 8)
     ws = w.to(device)
     ws = ws[:, None].expand(-1, G.num_ws, -1) if ws.ndim == 2 else ws
     labels = labels.to(device)
