@@ -157,3 +157,10 @@ def test_a_film_has_the_frames_and_the_length_asked_for(tmp_path):
         assert float(film.streams.video[0].average_rate) == pytest.approx(24)
     assert len(frames) == 12 and frames[0].shape == (32, 48, 3)
     assert [int(frame.mean()) for frame in frames] == pytest.approx(((ramp[:, 0, 0, 0] + 1) * 127.5).tolist(), abs=6)
+
+
+def test_sheets_are_png_or_webp_by_their_name(tmp_path: Path) -> None:
+    rows = [("noise", noise(2, 3, 32, 32)), ("more", noise(1, 3, 32, 32))]
+    for name, format in (("a.png", "PNG"), ("a.webp", "WEBP")):
+        with Image.open(images.save_sheet(tmp_path / name, rows)) as found:
+            assert found.format == format and found.size == images.sheet(rows).size

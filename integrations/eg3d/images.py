@@ -122,7 +122,9 @@ def save_png(path: str | Path, image: Tensor | Image.Image) -> Path:
 
 
 def save_sheet(path: str | Path, rows: Rows, scale: int = 1) -> Path:
-    """Write the `sheet` of rows as PNG."""
+    """Write the `sheet` of rows as PNG, or, a tenth of its size, as .webp."""
+    if Path(path).suffix.lower() == ".webp":
+        return write_bytes(path, _encode(sheet(rows, scale), "webp", quality=88))
     return save_png(path, sheet(rows, scale))
 
 

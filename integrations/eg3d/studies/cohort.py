@@ -222,7 +222,7 @@ class Cohort:
     def show(self, results: Results, subject: Subject, rows: Rows) -> None:
         """Write a sheet of pictures for the page, of the first person only."""
         if subject.name == self._everyone[0].name and subject.seed == 0 and not self.only:
-            save_sheet(self.out / f"{results.name}_pictures.png", rows)
+            save_sheet(self.out / f"{results.name}_pictures.webp", rows)
 
     def held_out(self, subject: Subject, count: int | None = None) -> Photos:
         """The first `count` photos outside the training set; None: all."""

@@ -33,7 +33,7 @@ def write_page(results: Sequence[Results], path: Path) -> Path:
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>My3DGen's studies, repeated</title><style>{css}</style></head>
-<body><main><h1>My3DGen's studies, repeated</h1>
+<body><header class="top"><h1>My3DGen's studies, repeated</h1></header><main>
 <p class="notice" role="note">{escape(told)} Intervals are 95 %, by bootstrap over people, then photos;
 with few people they are too narrow rather than too wide.</p>
 <ul>{found}</ul>
@@ -68,7 +68,7 @@ def _section(results: Results, folder: Path) -> str:
     listed = f"<ul>{''.join(claims)}</ul>" if claims else ""
     told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in results.facts.items())
     plot = _picture(folder / f"{results.name}.png", f"{results.title}: means and intervals")
-    examples = _picture(folder / f"{results.name}_pictures.png", f"{results.title}: pictures of one person")
+    examples = _picture(folder / f"{results.name}_pictures.webp", f"{results.title}: pictures of one person")
     return f"""<section id="{escape(results.name)}"><h2>{escape(results.title)}</h2>
 <p>{people} people, {len(results.values):,} values.</p>
 <div class="scroll"><table class="numbers"><thead><tr><th>model</th>{head}</tr></thead>
@@ -86,4 +86,4 @@ def _picture(file: Path, alt: str) -> str:
     if not file.is_file():
         return ""
     data = base64.b64encode(file.read_bytes()).decode("ascii")
-    return f'<p><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></p>'
+    return f'<p><img alt="{escape(alt)}" src="data:image/{file.suffix[1:]};base64,{data}"></p>'

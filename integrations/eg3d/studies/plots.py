@@ -22,6 +22,7 @@ def plot(results: Results, path: Path) -> Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ConvloraError('plots need matplotlib: pip install "convlora[plot]"') from None
     across = min(4, len(results.metrics))
@@ -34,6 +35,7 @@ def plot(results: Results, path: Path) -> Path:
         (_curves if results.axis else _dots)(results, metric, axes)
         axes.set_title(metric, fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(results.metrics) :]:
         axes.set_visible(False)
