@@ -60,8 +60,10 @@ def _study(options: argparse.Namespace) -> Output:
 
     drawn = not options.albums
     names = list(STUDIES) if options.names == ["all"] else options.names
-    if options.names == ["all"] and options.generator != "lab":  # what these need, only drawn people have
-        names = [name for name in names if name != "X1" and (name != "T4" or options.score)]
+    if options.names == ["all"]:  # without those that need what only the lab's people have
+        people = options.generator == "lab"
+        possible = {"X1": people and drawn, "T4": people or options.score}
+        names = [name for name in names if possible.get(name, True)]
     given: dict[str, Any] = {name: getattr(options, name) for name in _NUMBERS if getattr(options, name) is not None}
     effort = replace(LAB if drawn else Effort(), sizes=_list(options.sizes), ranks=_list(options.ranks), **given)
     if options.enhanced is not None:

@@ -106,7 +106,7 @@ def test_checkerboards_are_told_from_noise_and_from_shapes() -> None:
 
 def test_what_was_measured_of_a_person_is_kept_unless_the_effort_differs(tmp_path, monkeypatch) -> None:
     people = [Subject(name, 0, None, None, torch.empty(0)) for name in ("A B", "C")]  # type: ignore[arg-type]
-    monkeypatch.setattr(Cohort, "subjects", lambda self: people)
+    monkeypatch.setattr(Cohort, "subjects", people)
     cohort = Cohort(tmp_path, 2, 1)
 
     def measure(effort: Effort, stop_at: str = "") -> tuple[list[str], Results]:
@@ -167,14 +167,14 @@ def test_albums_of_photographs_are_studied_without_the_lab_s_truth(tmp_path, alb
 
 def test_albums_that_do_not_suffice_are_refused(tmp_path, albums) -> None:
     with pytest.raises(ConvloraError, match="3 photos to learn from and 1 held out; 4 and at least 1 are needed"):
-        Cohort(tmp_path, 2, 1, 4, 9, albums=albums).subjects()
+        list(Cohort(tmp_path, 2, 1, 4, 9, albums=albums).subjects)
     with pytest.raises(ConvloraError, match="theirs are Ann, Ann"):
-        Cohort(tmp_path, 2, 1, 2, 9, albums=(albums[0], albums[0])).subjects()
+        list(Cohort(tmp_path, 2, 1, 2, 9, albums=(albums[0], albums[0])).subjects)
     with pytest.raises(ConvloraError, match="identities=3 must be the number of albums, 2"):
         Cohort(tmp_path, 3, 1, 2, 9, albums=albums)
     with pytest.raises(ConvloraError, match="no drawn people for ffhq.safetensors"):
         Cohort(tmp_path, generator="ffhq.safetensors")
-    subject = Cohort(tmp_path, 2, 1, 2, 9, albums=albums).subjects()[0]
+    subject = Cohort(tmp_path, 2, 1, 2, 9, albums=albums).subjects[0]
     with pytest.raises(ConvloraError, match="Ann has 3 photos to learn from, not 5"):
         Cohort(tmp_path, 2, 1, 2, 9, albums=albums).album(subject, 5)
     empty = tmp_path / "empty"
@@ -183,7 +183,7 @@ def test_albums_that_do_not_suffice_are_refused(tmp_path, albums) -> None:
     manifest["split"]["train"] += manifest["split"].pop("test")
     (empty / "manifest.json").write_text(json.dumps(manifest | {"split": {**manifest["split"], "test": []}}))
     with pytest.raises(ConvloraError, match="4 photos to learn from and 0 held out"):
-        Cohort(tmp_path, 1, 1, 2, 9, albums=(empty,)).subjects()
+        list(Cohort(tmp_path, 1, 1, 2, 9, albums=(empty,)).subjects)
 
 
 SMALL = (

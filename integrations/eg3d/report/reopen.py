@@ -16,7 +16,7 @@ from convlora import load_adapter
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors
-from convlora.integrations.eg3d.checkpoint import load_generator
+from convlora.integrations.eg3d.checkpoint import SHIPPED, load_generator
 from convlora.integrations.eg3d.demo import lab_directions
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.personal import Personal, load_personal
@@ -58,11 +58,14 @@ def reopened(
     rows = [_row(row) for row in told["rows"]]
     models = {row.name: _model(row.name, folder, base.G, device) for row in rows}
     settings = told["settings"]
-    lab = base.generator == "lab"
-    plan = Plan(yaws or (Plan.yaws if lab else 21), pitches or Plan.pitches, float(settings.get("yaw", Plan.yaw)))
+    plan = Plan(
+        yaws or (Plan.yaws if base.generator in SHIPPED else 21),
+        pitches or Plan.pitches,
+        float(settings.get("yaw", Plan.yaw)),
+    )
     hull = make_hull(base.anchors.w)
     if directions is None:
-        directions = lab_directions(base.G, hull) if lab else ()
+        directions = lab_directions(base.G, hull) if base.generator == "lab" else ()
     originals = list(zip(train.names, train.images))
     stages = explore(
         models, hull, originals, directions, first=base.photo(photo), plan=plan, folder=folder / "sheets",

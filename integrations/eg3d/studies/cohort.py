@@ -150,12 +150,9 @@ class Cohort:
         record["albums"] = [str(album.resolve()) for album in self.albums]
         return RunFolder(self.out, {**record, **vars(self.settings)})
 
+    @cached_property
     def subjects(self) -> list[Subject]:
         """Everyone, drawing albums that are not there yet."""
-        return self._everyone
-
-    @cached_property
-    def _everyone(self) -> list[Subject]:
         chosen = slice(None) if self.only is None else slice(self.only, self.only + 1)
         if self.albums:
             found = [self._photographed(folder) for folder in self.albums[chosen]]
@@ -208,7 +205,7 @@ class Cohort:
 
         What the body of the loop adds to `results` is written when it asks for the next subject.
         """
-        for subject in self.subjects():
+        for subject in self.subjects:
             path = self.folder(subject) / "values" / f"{results.name}.json"
             known = _read_values(path, effort)
             if known is not None:
@@ -221,7 +218,7 @@ class Cohort:
 
     def show(self, results: Results, subject: Subject, rows: Rows) -> None:
         """Write a sheet of pictures for the page, of the first person only."""
-        if subject.name == self._everyone[0].name and subject.seed == 0 and not self.only:
+        if subject.name == self.subjects[0].name and subject.seed == 0 and not self.only:
             save_sheet(self.out / f"{results.name}_pictures.webp", rows)
 
     def held_out(self, subject: Subject, count: int | None = None) -> Photos:

@@ -8,8 +8,9 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from convlora.integrations.eg3d.metrics.bootstrap import Interval
 from convlora.integrations.eg3d.run_folder import write_text
-from convlora.integrations.eg3d.studies.results import Results
+from convlora.integrations.eg3d.studies.results import Claim, Results, Verdict
 
 DRAWN = (
     "Ours come from procedural heads at 128² and a small EG3D trained on such heads; the paper's from photographs of "
@@ -25,9 +26,13 @@ _MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided
 def write_page(results: Sequence[Results], path: Path) -> Path:
     """One HTML file without remote content, with the plots and pictures that lie beside it."""
     css = files("convlora.integrations.eg3d.report").joinpath("page.css").read_text(encoding="utf-8")
-    found = "".join(f'<li><a href="#{escape(one.name)}">{escape(one.title)}</a>{_marks(one)}</li>' for one in results)
+    judged = [[(claim, *one.verdict(claim)) for claim in one.claims] for one in results]
+    found = "".join(
+        f'<li><a href="#{escape(one.name)}">{escape(one.title)}</a>{_marks(claims)}</li>'
+        for one, claims in zip(results, judged)
+    )
     told = " ".join(dict.fromkeys(one.facts["data"] for one in results))
-    body = "\n".join(_section(one, path.parent) for one in results)
+    body = "\n".join(_section(one, claims, path.parent) for one, claims in zip(results, judged))
     write_text(
         path,
         f"""<!doctype html>
@@ -44,7 +49,11 @@ with few people they are too narrow rather than too wide.</p>
     return path
 
 
-def _section(results: Results, folder: Path) -> str:
+#: Claims with their verdicts and differences.
+Judged = list[tuple[Claim, Verdict, Interval]]
+
+
+def _section(results: Results, judged: Judged, folder: Path) -> str:
     models = results.models()
     head = "".join(f'<th scope="col">{escape(metric)}</th>' for metric in results.metrics)
     rows = []
@@ -56,8 +65,7 @@ def _section(results: Results, folder: Path) -> str:
             cells.append(f"<td>{ours}" + (f"<br><small>paper {escape(paper)}</small>" if paper else "") + "</td>")
         rows.append(f'<tr><th scope="row">{escape(model)}</th>{"".join(cells)}</tr>')
     claims = []
-    for claim in results.claims:
-        verdict, found = results.verdict(claim)
+    for claim, verdict, found in judged:
         claims.append(
             f"<li><strong>{_MARKS[verdict]}</strong>: {escape(claim.text)} <small>({escape(claim.metric)}: difference "
             f"{escape(str(found))}, margin {claim.margin:g})</small></li>"
@@ -76,10 +84,12 @@ def _section(results: Results, folder: Path) -> str:
 {listed}{plot}{examples}{notes}<dl class="notes">{told}</dl></section>"""
 
 
-def _marks(results: Results) -> str:
+def _marks(judged: Judged) -> str:
     """Every claim's mark with its text."""
-    told = ((_MARKS[results.verdict(claim)[0]], claim) for claim in results.claims)
-    return "".join(f"<br><small>{mark}: {escape(claim.text)} ({escape(claim.metric)})</small>" for mark, claim in told)
+    return "".join(
+        f"<br><small>{_MARKS[verdict]}: {escape(claim.text)} ({escape(claim.metric)})</small>"
+        for claim, verdict, _ in judged
+    )
 
 
 def _picture(file: Path, alt: str) -> str:

@@ -31,7 +31,7 @@ def run_studies(names: Sequence[str], cohort: Cohort, effort: Effort, jobs: int 
         raise ConvloraError(f"jobs={jobs} must be at least 1, and 1 on {cohort.device}")
     jobs = min(jobs, cohort.identities)
     with cohort.opened():
-        if jobs > 1:
+        if jobs > 1 and cohort.subjects:  # what is wrong with albums is said before anybody begins
             _side_by_side(names, cohort, effort, jobs)
         return [STUDIES[name](cohort, effort) for name in names]
 
