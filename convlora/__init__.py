@@ -22,6 +22,7 @@ from convlora.inject import inject_lora as inject_lora
 from convlora.layers import register_layer as register_layer
 from convlora.load import load_adapter as load_adapter
 from convlora.methods import METHODS as METHODS
+from convlora.paths import explain as explain
 from convlora.targets import adaptable as adaptable
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "compose",
     "conflict",
     "convert",
+    "explain",
     "extract",
     "inject",
     "inject_lora",

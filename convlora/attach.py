@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from convlora.errors import ConvloraError
-from convlora.layers import LowRankForward, LowRankWeight, Slot, as_matrix, own_class
+from convlora.factored import LowRankWeight
+from convlora.layers import LowRankForward, Slot, as_matrix, own_class
 from convlora.methods.change import Change, LowRankChange, settled
 
 CONTAINER = "convlora"  # the submodule that holds a module's changes
@@ -34,6 +35,7 @@ class Merged(NamedTuple):
     original: nn.Parameter
     change: Change
     low_rank: LowRankForward | None
+    later: list[str]  # the adapters beside which it stood before: a sum is rounded in their order
 
 
 def attach(slot: Slot, adapter: str, change: Change, low_rank: LowRankForward | None = None) -> None:
@@ -83,12 +85,14 @@ def merge(slot: Slot, adapter: str, keep: bool = True) -> None:
     low_rank = route[0] if route is not None and route[1] == parameter else None
     change = find_change(slot, adapter)
     assert change is not None
+    names = [name for name, _ in _changes(owner, parameter)]
+    later = names[names.index(adapter) + 1 :]
     with torch.no_grad(), settled(change):
         merged = _effective(owner, original, [change])
     detach(slot, adapter)
     owner._parameters[parameter] = nn.Parameter(merged, requires_grad=original.requires_grad)
     if keep:
-        owner.__dict__.setdefault(_MERGED, []).append(Merged(parameter, adapter, original, change, low_rank))
+        owner.__dict__.setdefault(_MERGED, []).append(Merged(parameter, adapter, original, change, low_rank, later))
 
 
 def unmerge(slot: Slot, adapter: str) -> None:
@@ -112,6 +116,10 @@ def unmerge(slot: Slot, adapter: str) -> None:
         del owner.__dict__[_MERGED]
     owner._parameters[parameter] = entry.original
     attach(slot, adapter, entry.change, entry.low_rank)
+    named = cast(nn.ModuleDict, cast(Changes, owner._modules[CONTAINER])[parameter])._modules
+    for name in entry.later:
+        if name in named:
+            named[name] = named.pop(name)
 
 
 def is_merged(slot: Slot, adapter: str) -> bool:

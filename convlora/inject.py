@@ -15,19 +15,14 @@ from convlora.adapter import Adapter, check_state, register
 from convlora.attach import attach, base_parameters, find_change
 from convlora.errors import ConvloraError, TargetError
 from convlora.fingerprint import fingerprint
-from convlora.layers import LowRankForward, as_matrix, low_rank_forward
-from convlora.methods import METHODS, Change, Full, LowRankChange
+from convlora.layers import as_matrix
+from convlora.methods import METHODS, Change, Full
+from convlora.paths import Path, forward_for
 from convlora.record import Record
 from convlora.targets import Patterns, resolve_ranks, select_buffers, select_layers, select_parameters
 
-Path = Literal["auto", "weight", "low_rank"]
-
 # Entries of `options` that tell how compose and extract arrived at an adapter; no option of a method.
 NOTES = ("composed", "truncation", "extracted")
-
-# Measured by benchmarks/step.py: from 128 × 128 × 3 × 3 on, the low-rank path is the faster one; below, its small
-# operations cost more than the weight gradient they save.
-LOW_RANK_FROM = 1 << 17
 
 
 def inject_lora(
@@ -209,8 +204,11 @@ def install(
     path = record.options["path"]
     if path not in ("auto", "weight", "low_rank"):
         raise ConvloraError(f'path must be "auto", "weight" or "low_rank", not {path!r}')
-    forwards = {layer: _forward_for(model, layer, change, path) for layer, change in changes.items()}
     slots = record.slots(model)
+    forwards = {
+        layer: forward_for(model, layer, change, record.ranks[layer][1], slots[layer].shape, path)
+        for layer, change in changes.items()
+    }
     held: dict[tuple[int, str], str] = {}
     for name, slot in slots.items():
         if find_change(slot, record.name) is not None:
@@ -246,19 +244,3 @@ def _alpha_of(layer: str, alpha: float | Mapping[str, float] | None) -> float | 
     if isinstance(alpha, Mapping):
         return next((value for glob, value in alpha.items() if fnmatch.fnmatchcase(layer, glob)), None)
     return alpha
-
-
-def _forward_for(model: nn.Module, layer: str, change: Change, path: Path) -> LowRankForward | None:
-    module = model.get_submodule(layer)
-    forward = low_rank_forward(module) if isinstance(change, LowRankChange) else None
-    if path == "low_rank" and forward is None:
-        raise ConvloraError(
-            f'path="low_rank": layer {layer!r} ({type(module).__name__}) has no low-rank forward; use "auto"'
-        )
-    if path == "weight" or (path == "auto" and _weights(module) < LOW_RANK_FROM):
-        return None
-    return forward
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)

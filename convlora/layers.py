@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from convlora import factored
 from convlora.errors import ConvloraError
+from convlora.factored import LowRankWeight
 
 
 class Slot(NamedTuple):
@@ -38,17 +40,6 @@ class Slot(NamedTuple):
         return tuple(tensor.shape[1:] if _has_batch_dimension(tensor, self.owner) else tensor.shape)
 
 
-class LowRankWeight(NamedTuple):
-    """A weight that was not multiplied out: `base + (left @ right)` in base's shape."""
-
-    base: Tensor
-    left: Tensor  # (out, r)
-    right: Tensor  # (r, cols)
-
-    def dense(self) -> Tensor:
-        return self.base + (self.left @ self.right).view_as(self.base)
-
-
 #: A kind's forward with a weight that stays factored: `(module, weight, *forward's arguments) -> output`.
 LowRankForward = Callable[..., Any]
 
@@ -63,11 +54,8 @@ _REGISTERED: list[LayerKind] = []
 
 # Modules whose `weight` has two or more dimensions without being a linear map of features.
 _NOT_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
-_CONVS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def register_layer(
@@ -159,6 +147,8 @@ def low_rank_forward(module: nn.Module) -> LowRankForward | None:
         if isinstance(module, plain):
             untouched = cls.forward is plain.forward and cls._conv_forward is plain._conv_forward
             return _conv if untouched else None
+    if any(isinstance(module, plain) and cls.forward is plain.forward for plain in _TRANSPOSED):
+        return _conv_transpose
     return None
 
 
@@ -194,16 +184,33 @@ def _slot_below(module: nn.Module) -> Slot | None:
 
 
 def _linear(module: nn.Linear, weight: LowRankWeight, x: Tensor) -> Tensor:
-    return F.linear(x, weight.base, module.bias) + F.linear(F.linear(x, weight.right), weight.left)
+    return factored.linear(x, weight, module.bias)
 
 
-def _conv(module: nn.Conv2d, weight: LowRankWeight, x: Tensor) -> Tensor:
-    """First the module's own geometry with r filters (per group), then a 1×1 convolution to the outputs."""
-    base, left, right = weight
-    spatial = base.shape[2:]
-    rank, groups = right.shape[0], module.groups
-    filters = right.view(rank, *base.shape[1:]).repeat(groups, *[1] * (base.ndim - 1))
-    hidden = module._conv_forward(x, filters, None)
-    point = left.view(*left.shape, *[1] * len(spatial))
-    convolve = next(function for kind, function in _CONVS.items() if isinstance(module, kind))
-    return module._conv_forward(x, base, module.bias) + convolve(hidden, point, groups=groups)
+def _conv(module: Any, weight: LowRankWeight, x: Tensor) -> Tensor:
+    """Of torch's Conv1d to Conv3d, with any padding."""
+    ends = module._reversed_padding_repeated_twice  # (last dimension's before, after, the one's before it, ...)
+    if module.padding_mode != "zeros" or ends[::2] != ends[1::2]:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, ends = F.pad(x, ends, mode=mode), [0] * len(ends)
+    return _convolved(module, weight, x, tuple(ends[::-2]), (0,) * (len(ends) // 2))
+
+
+def _conv_transpose(module: Any, weight: LowRankWeight, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    """Of torch's ConvTranspose1d to ConvTranspose3d."""
+    dimensions = weight.base.ndim - 2
+    more = module._output_padding(
+        x, output_size, module.stride, module.padding, module.kernel_size, dimensions, module.dilation
+    )
+    return _convolved(module, weight, x, module.padding, tuple(more))
+
+
+def _convolved(
+    module: Any, weight: LowRankWeight, x: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]
+) -> Tensor:
+    geometry = factored.Geometry(
+        module.stride, padding, module.dilation, module.transposed, output_padding, module.groups
+    )
+    if x.ndim == weight.base.ndim:
+        return factored.convolve(x, weight, module.bias, geometry)
+    return factored.convolve(x[None], weight, module.bias, geometry)[0]

@@ -601,8 +601,6 @@ def test_a_swap_takes_the_strengths_of_the_file(randomize, tmp_path):
 @pytest.mark.parametrize("path", ["weight", "low_rank"])
 def test_a_swap_is_right_on_grouped_and_transposed_layers(layer, path, randomize):
     """PEFT's hot-swap of a grouped Conv2d gave silently wrong outputs (peft#3416)."""
-    if path == "low_rank" and isinstance(layer, nn.ConvTranspose2d):
-        pytest.skip("transposed convolutions compute on the weight")
     net = nn.Sequential(copy.deepcopy(layer)).double()
     x = torch.randn(2, 8).double() if isinstance(layer, nn.Linear) else torch.randn(2, 8, 5, 5).double()
     small = convlora.inject_lora(net, rank=1, path=path)

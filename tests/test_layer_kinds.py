@@ -87,7 +87,7 @@ CASES = {
     "channels_last": (lambda: nn.Conv2d(8, 6, 3, padding=1).to(memory_format=torch.channels_last), IMAGE),
 }
 LOW_RANK = [name for name in CASES if not any(
-    word in name for word in ("transposed", "subclass", "norm", "raw", "bilinear"))]  # fmt: skip
+    word in name for word in ("subclass", "norm", "raw", "bilinear"))]  # fmt: skip
 
 
 class Pair(nn.Module):
@@ -168,30 +168,45 @@ def test_both_compute_paths_agree(case, randomize):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_low_rank_path_never_forms_a_full_weight_gradient():
-    """No tensor of the weight's size is saved or produced for it in backward."""
-    net = nn.Conv2d(64, 64, 3, padding=1)
-    convlora.inject_lora(net, rank=1, path="low_rank")
-    x = torch.randn(1, 64, 8, 8, requires_grad=True)
-    seen = []
+@pytest.mark.parametrize("side", [4, 32], ids=["added at the output", "weights summed"])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_low_rank_path_never_forms_a_full_weight_gradient(kind, side):
+    """Backward makes nothing of the weight's size but the sum of the weights, and the forward leaves it x alone."""
+    net = kind(64, 64, 3, padding=1)
+    adapter = convlora.inject_lora(net, rank=1, path="low_rank")
+    x = torch.randn(1, 64, side, side, requires_grad=True)
+    made, kept = [], []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.extend(tuple(t.shape) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            views = {
+                t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)
+            }
+            made.extend((str(func), t.numel()) for t in leaves if t.untyped_storage().data_ptr() not in views)
             return out
 
-    y = net(x).sum()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = net(x).sum()
     with Watch():
         y.backward()
-    assert (64, 64, 3, 3) not in seen and (64, 576) not in seen and seen
+    own = {p.data_ptr() for p in (x, net._parameters["weight"], *adapter.parameters())}
+    assert sum(t.numel() for t in kept if t.data_ptr() not in own) < 1000
+    whole = [name for name, numel in made if numel == 64 * 64 * 9]
+    assert len(whole) == (side == 32) and all("addmm" in name for name in whole)
+    assert made
 
 
 def test_low_rank_path_on_a_layer_without_one_is_refused():
-    net = nn.Sequential(nn.ConvTranspose2d(8, 6, 4))
-    with pytest.raises(convlora.ConvloraError, match="'0' .ConvTranspose2d. has no low-rank forward"):
+    class Positive(nn.Conv2d):  # not linear in its raw weight
+        def forward(self, x):
+            return F.conv2d(x, self.weight.exp())
+
+    net = nn.Sequential(Positive(8, 6, 4))
+    with pytest.raises(convlora.ConvloraError, match="layer '0': Positive has no low-rank forward"):
         convlora.inject_lora(net, path="low_rank")
-    assert convlora.Adapter.names(net) == [] and type(net[0]) is nn.ConvTranspose2d
+    assert convlora.Adapter.names(net) == [] and type(net[0]) is Positive
 
 
 def test_register_layer_teaches_a_parameter_of_another_name(randomize):

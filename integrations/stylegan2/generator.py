@@ -192,8 +192,10 @@ class SynthesisBlock(nn.Module):
             return choice
         if self.fused_modconv_default != "inference_only":
             return bool(self.fused_modconv_default)
-        # equal in exact arithmetic; grouped convolutions of several samples are slow on CPU
-        return not self.training and (batch == 1 or x_device.type != "cpu")
+        # Equal in exact arithmetic. Grouped convolutions of several samples are slow on a CPU, and the gradient of the
+        # styles through weights per sample costs one of the weights' size, even if these are frozen.
+        recorded = torch.is_grad_enabled()
+        return not self.training and not recorded and (batch == 1 or x_device.type != "cpu")
 
     def forward(
         self,
@@ -215,6 +217,8 @@ class SynthesisBlock(nn.Module):
             raise ConvloraError(f"the block of resolution {self.resolution} continues another one and needs its x")
         if half:
             x = x.to(torch.float16)
+        if half or x.device.type == "cpu":  # where convolutions are fastest so
+            x = x.contiguous(memory_format=torch.channels_last)
 
         if self.in_channels == 0:
             x = self.conv1(x, next(w), fused_modconv=fused, **layer_kwargs)

@@ -14,17 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlora.errors import ConvloraError
+from convlora.factored import LowRankWeight, linear
 from convlora.integrations.stylegan2.ops import (
     bias_act,
     conv2d_resample,
     default_gain,
+    differentiable,
     modulated_conv2d,
     setup_filter,
 )
-from convlora.layers import LowRankWeight, register_layer
+from convlora.layers import register_layer
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("random", "const", "none")
+
+
+def _scaled(weight: Tensor | LowRankWeight, gain: float, dtype: torch.dtype) -> Tensor | LowRankWeight:
+    if isinstance(weight, LowRankWeight):
+        return LowRankWeight(weight.base.to(dtype) * gain, weight.left * gain, weight.right)
+    return weight.to(dtype) * gain
 
 
 class FullyConnectedLayer(nn.Module):
@@ -50,11 +58,16 @@ class FullyConnectedLayer(nn.Module):
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.weight_gain
+        return self.forward_with(self.weight, x)
+
+    def forward_with(self, weight: Tensor | LowRankWeight, x: Tensor) -> Tensor:
+        """The forward with a given weight, which may stay factored."""
         bias = None if self.bias is None else self.bias.to(x.dtype) * self.bias_gain
+        weight = _scaled(weight, self.weight_gain, x.dtype)
         if self.activation == "linear":
-            return F.linear(x, weight, bias)
-        return bias_act(F.linear(x, weight), bias, dim=-1, act=self.activation)
+            return linear(x, weight, bias) if isinstance(weight, LowRankWeight) else F.linear(x, weight, bias)
+        y = linear(x, weight) if isinstance(weight, LowRankWeight) else F.linear(x, weight)
+        return bias_act(y, bias, dim=-1, act=self.activation)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
@@ -92,10 +105,12 @@ class Conv2dLayer(nn.Module):
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
     def forward(self, x: Tensor, gain: float = 1) -> Tensor:
-        weight = self.weight * self.weight_gain
-        x = conv2d_resample(
-            x, weight.to(x.dtype), self.resample_filter, self.up, self.down, self.padding, flip_weight=self.up == 1
-        )
+        return self.forward_with(self.weight, x, gain)
+
+    def forward_with(self, weight: Tensor | LowRankWeight, x: Tensor, gain: float = 1) -> Tensor:
+        """The forward with a given weight, which may stay factored."""
+        scaled = _scaled(weight, self.weight_gain, x.dtype)
+        x = conv2d_resample(x, scaled, self.resample_filter, self.up, self.down, self.padding, flip_weight=self.up == 1)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act(x, self.bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
 
@@ -180,7 +195,8 @@ class SynthesisLayer(nn.Module):
             fused_modconv=fused_modconv,
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+        owned = not (differentiable(x) or self.bias.requires_grad)
+        return bias_act(x, self.bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp, overwrite=owned)
 
     def extra_repr(self) -> str:
         return (
@@ -224,5 +240,7 @@ class ToRGBLayer(nn.Module):
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, w_dim={self.w_dim}"
 
 
+register_layer(FullyConnectedLayer, low_rank=FullyConnectedLayer.forward_with)
+register_layer(Conv2dLayer, low_rank=Conv2dLayer.forward_with)
 register_layer(SynthesisLayer, low_rank=SynthesisLayer.forward_with)
 register_layer(ToRGBLayer, low_rank=ToRGBLayer.forward_with)

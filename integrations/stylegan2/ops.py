@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora.errors import ConvloraError
-from convlora.layers import LowRankWeight
+from convlora.factored import Geometry, LowRankWeight, convolve
 
 SQRT2 = math.sqrt(2)
 
@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
     "softplus": (lambda x, _: F.softplus(x), 1.0),
     "swish": (lambda x, _: F.silu(x), SQRT2),
 }
+
+_HOMOGENEOUS = ("linear", "relu", "lrelu")
 
 
 def default_gain(act: str) -> float:
@@ -63,17 +65,38 @@ def bias_act(
     alpha: float | None = None,
     gain: float | None = None,
     clamp: float | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
-    """clamp(gain * act(x + b), -clamp, clamp): bias along `dim`, each part optional. alpha is the slope of lrelu."""
+    """clamp(gain * act(x + b), -clamp, clamp): bias along `dim`, each part optional. alpha is the slope of lrelu.
+
+    overwrite=True may destroy x, for callers that own it and need no gradient through it: fresh memory costs a CPU
+    more than the arithmetic.
+    """
     gain = default_gain(act) if gain is None else gain
+    slope = 0.2 if alpha is None else alpha
+    early = gain if act in _HOMOGENEOUS and gain > 0 else 1.0  # a gain commutes with these: one pass with the bias
     if b is not None:
         shape = [1] * x.ndim
         shape[dim] = -1
-        x = x + b.to(x.dtype).reshape(shape)
-    x = ACTIVATIONS[act][0](x, 0.2 if alpha is None else alpha)
-    if gain != 1:
-        x = x * gain
-    return x if clamp is None else x.clamp(-clamp, clamp)
+        b = b.to(x.dtype).reshape(shape) * early
+        x = torch.add(b, x, alpha=early, out=x) if overwrite else torch.add(b, x, alpha=early)
+        overwrite = True
+    elif early != 1:
+        x, overwrite = (x.mul_(early) if overwrite else x * early), True
+    if act == "lrelu":
+        x = F.leaky_relu(x, slope, inplace=overwrite)  # the gradient needs its result alone
+    else:
+        x = ACTIVATIONS[act][0](x, slope)
+    x = x if gain == early else x * gain
+    if clamp is None:
+        return x
+    return x.clamp_(-clamp, clamp) if overwrite and not differentiable(x) else x.clamp(-clamp, clamp)
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether autograd records what is done with x."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 # ---- FIR resampling ------------------------------------------------------------------------------------------------
@@ -246,9 +269,34 @@ def _transposed_weight(w: Tensor, groups: int) -> Tensor:
     return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
+def _flipped(w: Tensor | LowRankWeight) -> Tensor | LowRankWeight:
+    """The kernel turned by 180 degrees."""
+    if not isinstance(w, LowRankWeight):
+        return w.flip([2, 3])
+    base, left, right = w
+    return LowRankWeight(base.flip([2, 3]), left, right.unflatten(1, base.shape[1:]).flip([2, 3]).flatten(1))
+
+
+def _convolve(
+    x: Tensor, w: Tensor | LowRankWeight, groups: int, stride: int = 1, padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    if isinstance(w, LowRankWeight):
+        return convolve(x, w, None, Geometry((stride, stride), padding, (1, 1), False, (0, 0), groups))
+    return F.conv2d(x, w, None, stride, padding, groups=groups)
+
+
+def _convolve_transposed(
+    x: Tensor, w: Tensor | LowRankWeight, groups: int, stride: int, padding: tuple[int, int]
+) -> Tensor:
+    """With w (groups out, in, kh, kw), unlike torch's own."""
+    if isinstance(w, LowRankWeight):
+        return convolve(x, w, None, Geometry((stride, stride), padding, (1, 1), True, (0, 0), groups, swapped=True))
+    return F.conv_transpose2d(x, _transposed_weight(w, groups), stride=stride, padding=padding, groups=groups)
+
+
 def conv2d_resample(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | LowRankWeight,
     f: Tensor | None = None,
     up: int = 1,
     down: int = 1,
@@ -262,7 +310,7 @@ def conv2d_resample(
     flip_weight=True correlates (what torch calls convolution), False is the true convolution of StyleGAN2's up-convs.
     The padding happens once, at the beginning, and is counted on the up-sampled grid.
     """
-    kh, kw = w.shape[-2:]
+    kh, kw = (w.base if isinstance(w, LowRankWeight) else w).shape[-2:]
     fw, fh = _filter_size(f)
     pad = _padding4(padding)
     if up > 1:
@@ -271,49 +319,65 @@ def conv2d_resample(
         pad = _around(pad, _shrink(fw, down), _shrink(fh, down))
     stored = w
     if not flip_weight and (kh, kw) != (1, 1):
-        w = w.flip([2, 3])
+        w = _flipped(w)
 
     if up > 1 and (kh, kw) == (1, 1) and down == 1:  # the 1x1 kernel commutes with the filter: small grid first
-        x = F.conv2d(x, w, groups=groups)
+        x = _convolve(x, w, groups)
         return upfirdn2d(x, f, up=up, padding=pad, flip_filter=flip_filter, gain=up**2)
     if up > 1:  # a transposed convolution is a true one on the zero-inserted grid; the filter follows it
-        kernel = stored if not flip_weight else stored.flip([2, 3])
+        kernel = stored if not flip_weight else _flipped(stored)
         x0, x1, y0, y1 = _around(pad, (1 - kw, up - kw), (1 - kh, up - kh))
         crop_x, crop_y = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
-        x = F.conv_transpose2d(
-            x, _transposed_weight(kernel, groups), stride=up, padding=(crop_y, crop_x), groups=groups
-        )
+        x = _convolve_transposed(x, kernel, groups, up, (crop_y, crop_x))
         pad = _around((x0, x1, y0, y1), (crop_x, crop_x), (crop_y, crop_y))
         x = upfirdn2d(x, f, padding=pad, flip_filter=flip_filter, gain=up**2)
         return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter)
     if down > 1 and (kh, kw) == (1, 1):
-        return F.conv2d(upfirdn2d(x, f, down=down, padding=pad, flip_filter=flip_filter), w, groups=groups)
+        return _convolve(upfirdn2d(x, f, down=down, padding=pad, flip_filter=flip_filter), w, groups)
     if down > 1:
-        return F.conv2d(upfirdn2d(x, f, padding=pad, flip_filter=flip_filter), w, stride=down, groups=groups)
+        return _convolve(upfirdn2d(x, f, padding=pad, flip_filter=flip_filter), w, groups, down)
     if pad[0] == pad[1] >= 0 and pad[2] == pad[3] >= 0:
-        return F.conv2d(x, w, padding=(pad[2], pad[0]), groups=groups)
-    return F.conv2d(F.pad(x, list(pad)), w, groups=groups)
+        return _convolve(x, w, groups, 1, (pad[2], pad[0]))
+    return _convolve(F.pad(x, list(pad)), w, groups)
 
 
 def demodulation(weight: Tensor | LowRankWeight, styles: Tensor) -> Tensor:
     """Factors (N, out) that bring the outputs back to unit variance, without a weight per sample."""
-    energy = _energy(weight) if isinstance(weight, LowRankWeight) else weight.square().sum(dim=(2, 3))
+    if isinstance(weight, LowRankWeight):
+        return (_low_rank_energy(weight, styles).clamp(min=0) + 1e-8).rsqrt()
+    energy = weight.square().sum(dim=(2, 3))
     return (styles.to(energy.dtype).square() @ energy.t() + 1e-8).rsqrt()
 
 
-def _energy(weight: LowRankWeight) -> Tensor:
-    """Σ over the kernel of (base + left @ right)², (out, in), in closed form from the factors."""
-    base, left, right = weight.base, weight.left, weight.right.unflatten(1, weight.base.shape[1:])
-    cross = torch.einsum("or,ori->oi", left, torch.einsum("oihw,rihw->ori", base, right))
-    gram = torch.einsum("rihw,sihw->rsi", right, right)
-    return base.square().sum(dim=(2, 3)) + 2 * cross + torch.einsum("or,os,rsi->oi", left, left, gram)
+def _low_rank_energy(weight: LowRankWeight, styles: Tensor) -> Tensor:
+    """The styled weights' sums of squares (N, out), from the factors.
+
+    ||s∘(w + l·r)||² = ||s∘w||² + 2 l·⟨w, s²∘r⟩ + l·⟨r, s²∘r⟩·l for the row w of the base, l of left and all rows r of
+    right: products with the frozen base alone, of N·r columns, so that no gradient has the weight's size.
+    """
+    base, left, right = weight
+    squares = styles.to(base.dtype).square()
+    filters = squares[:, None, :, None] * right.unflatten(1, (base.shape[1], -1))  # (N, r, in, kh kw)
+    filters = filters.flatten(2)
+    cross = 2 * F.linear(filters, base.flatten(1))  # (N, r, out)
+    gram = filters @ right.mT  # (N, r, r)
+    frozen = squares @ base.square().sum(dim=(2, 3)).t()
+    return frozen + ((cross + (left @ gram).mT) * left.t()).sum(1)
 
 
-def prenormalize(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
+def prenormalize(weight: Tensor | LowRankWeight, styles: Tensor) -> tuple[Tensor | LowRankWeight, Tensor]:
     """Scale weight and styles so that a float16 convolution cannot overflow; demodulation cancels both scales."""
-    fan_in = weight[0].numel()
-    weight = weight / (math.sqrt(fan_in) * weight.norm(float("inf"), dim=(1, 2, 3), keepdim=True))
-    return weight, styles / styles.norm(float("inf"), dim=1, keepdim=True)
+    styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
+    if isinstance(weight, LowRankWeight):
+        with torch.no_grad():  # cancelled, so no gradient either
+            scale = _largest(weight.dense())
+        return LowRankWeight(weight.base / scale, weight.left / scale.flatten(1), weight.right), styles
+    return weight / _largest(weight), styles
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """√fan_in times each output's largest weight, (out, 1, 1, 1)."""
+    return math.sqrt(weight[0].numel()) * weight.norm(float("inf"), dim=(1, 2, 3), keepdim=True)
 
 
 def modulated_conv2d(
@@ -333,32 +397,33 @@ def modulated_conv2d(
 
     x (N, in, H, W) -> (N, out, up H / down, up W / down), plus noise (broadcast over channels).
     fused_modconv=True builds one weight per sample and runs a grouped convolution; False scales x and the result
-    around one convolution with the shared weight, which is equal and needs no per-sample weight. Unfused, a
-    LowRankWeight stays factored: two small convolutions beside the base's, no gradient of the weight's size.
+    around one convolution with the shared weight, which is equal and needs no per-sample weight. So does a
+    LowRankWeight in either case if autograd records: it stays factored, and no gradient has the weight's size.
     """
-    if isinstance(weight, LowRankWeight) and (fused_modconv or (x.dtype == torch.float16 and demodulate)):
-        weight = weight.dense()  # one weight per sample, or each output's largest weight, needs all of it
+    if isinstance(weight, LowRankWeight) and fused_modconv and not torch.is_grad_enabled():
+        weight = weight.dense()
     if x.dtype == torch.float16 and demodulate:
-        assert isinstance(weight, Tensor)
         weight, styles = prenormalize(weight, styles)
-    if fused_modconv:
-        assert isinstance(weight, Tensor)
+    if fused_modconv and not isinstance(weight, LowRankWeight):
         n, channels = x.shape[:2]
         per_sample = weight.unsqueeze(0) * styles[:, None, :, None, None]
         if demodulate:
             per_sample = per_sample * (per_sample.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).rsqrt()
-        x = x.reshape(1, n * channels, *x.shape[2:])
-        x = conv2d_resample(x, per_sample.flatten(0, 1).to(x.dtype), resample_filter, up, down, padding, n, flip_weight)
-        x = x.reshape(n, -1, *x.shape[2:])
+        kernels = per_sample.flatten(0, 1).to(x.dtype)
+        if n == 1:  # without reshaping, which would lose x's memory format
+            x = conv2d_resample(x, kernels, resample_filter, up, down, padding, 1, flip_weight)
+        else:
+            x = x.reshape(1, n * channels, *x.shape[2:])
+            x = conv2d_resample(x, kernels, resample_filter, up, down, padding, n, flip_weight)
+            x = x.reshape(n, -1, *x.shape[2:])
     else:
         x = x * styles.to(x.dtype)[:, :, None, None]
-        if isinstance(weight, LowRankWeight):
-            filters = weight.right.unflatten(1, weight.base.shape[1:])
-            hidden = conv2d_resample(x, filters.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
-            whole = conv2d_resample(x, weight.base.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
-            x = whole + F.conv2d(hidden, weight.left[:, :, None, None].to(x.dtype))
-        else:
-            x = conv2d_resample(x, weight.to(x.dtype), resample_filter, up, down, padding, 1, flip_weight)
+        shared = weight if isinstance(weight, LowRankWeight) else weight.to(x.dtype)
+        x = conv2d_resample(x, shared, resample_filter, up, down, padding, 1, flip_weight)
         if demodulate:
-            x = x * demodulation(weight, styles).to(x.dtype)[:, :, None, None]
-    return x if noise is None else x + noise.to(x.dtype)
+            factors = demodulation(weight, styles).to(x.dtype)[:, :, None, None]
+            x = x * factors if differentiable(x) else x.mul_(factors)
+    if noise is None:
+        return x
+    noise = noise.to(x.dtype)
+    return x + noise if differentiable(x) or noise.requires_grad else x.add_(noise)
