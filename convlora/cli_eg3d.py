@@ -15,6 +15,9 @@ from convlora.errors import ConvloraError
 RESUMING = ("demo", "personalize", "prepare", "study", "page", *cli_tasks.RESUMING)
 
 
+_TUNE_OPTIONS = ("accumulate", "checkpointing", "precision", "patience")
+
+
 def add_verbs(verbs: Any) -> None:
     """Add `eg3d` and its verbs to the program."""
     eg3d = verbs.add_parser("eg3d", help="personal 3D generators").add_subparsers(required=True, metavar="VERB")
@@ -58,6 +61,17 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchor-steps", type=int, metavar="N", help="optimisation steps of each inversion")
     parser.add_argument("--steps", type=int, metavar="N", help="optimisation steps of the personalisation")
     parser.add_argument("--batch-size", type=int, metavar="N", help="photos per step")
+    parser.add_argument("--accumulate", type=int, metavar="N", help="parts of a step, one in memory at a time")
+    parser.add_argument(
+        "--checkpointing", action="store_true", default=None, help="less memory for one more forward per step"
+    )
+    parser.add_argument(
+        "--precision", choices=["float32", "tf32", "bfloat16"], help="of the personalisation (default: torch's own)"
+    )
+    parser.add_argument(
+        "--patience", type=int, metavar="N",
+        help="watch every eighth training photo; stop after N looks, 50 steps apart, without a loss lower by 0.5 %%",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of every random draw (default 0)")
     parser.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -116,8 +130,8 @@ def _personalize(options: argparse.Namespace) -> None:
 def _settings(defaults: Any, options: argparse.Namespace, **more: Any) -> Any:
     from dataclasses import replace
 
-    names = ("rank", "preset", "anchor_steps", "steps", "batch_size", "seed")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    names = ("rank", "preset", "anchor_steps", "steps", "batch_size", "seed", *_TUNE_OPTIONS)
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     return replace(defaults, **given, **more)
 
 

@@ -189,7 +189,7 @@ def test_refined_anchors_are_kept_resumed_and_used(tmp_path, monkeypatch):
 
     used = []
     module = sys.modules[tune.__module__]
-    monkeypatch.setattr(module, "reconstruct", lambda G, w, labels: used.append(labels) or reconstruct(G, w, labels))
+    monkeypatch.setattr(module, "reconstruct", lambda G, w, c, **more: used.append(c) or reconstruct(G, w, c, **more))
     adapter = inject_personal(G)
     tune(G, photos, whole, parameter_groups(adapter, 0.01, 0.01), steps=1, batch_size=4, progress=False)
     assert {tuple(row) for row in used[0].tolist()} == {tuple(row) for row in whole.labels.tolist()}

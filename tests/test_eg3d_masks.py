@@ -20,6 +20,7 @@ from convlora.integrations.eg3d.anchors import find_anchors, w_statistics
 from convlora.integrations.eg3d.losses import completed, filled, masked_mean, photo_loss, reconstruct
 from convlora.integrations.eg3d.metrics import psnr
 from convlora.integrations.eg3d.personalize import inject_personal, parameter_groups, personalize, tune
+from convlora.integrations.eg3d.renderer import Samples
 
 KERNEL = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(3))
 
@@ -60,15 +61,17 @@ def old_loss(out, target, perceptual, weight):
 def test_without_masks_and_refinement_anchors_are_bit_for_bit_those_of_the_plain_loop():
     G, photos, steps, lr = tiny_generator(), tiny_photos(3), 6, 0.1
     mean, spread = w_statistics(G)
-    torch.manual_seed(5)
+    own = [torch.Generator().manual_seed(5 + i) for i in range(3)]  # each photo's
     w = mean.expand(3, -1).clone().requires_grad_()
     optimizer = torch.optim.Adam([w], lr=lr)
     for step in range(steps):
         t = (step + 1) / steps
         ramp = (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25 + 1e-3))) * min(1.0, t / 0.05)
         optimizer.param_groups[0]["lr"] = lr * ramp
-        noisy = w + torch.randn_like(w) * (spread * 0.05 * max(0.0, 1 - t / 0.75) ** 2)
-        each = old_loss(reconstruct(G, noisy, photos.labels), photos.images, perceptual, 0.7)
+        normal = torch.stack([torch.randn(8, generator=generator) for generator in own])
+        samples = Samples(*map(torch.cat, zip(*(G.samples(1, generator=generator) for generator in own))))
+        noisy = w + normal * (spread * 0.05 * max(0.0, 1 - t / 0.75) ** 2)
+        each = old_loss(reconstruct(G, noisy, photos.labels, samples=samples), photos.images, perceptual, 0.7)
         optimizer.zero_grad(set_to_none=True)
         each.sum().backward()
         optimizer.step()

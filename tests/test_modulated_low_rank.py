@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import convlora
+from convlora.factored import LowRankWeight
 from convlora.integrations.stylegan2.layers import Conv2dLayer, FullyConnectedLayer, SynthesisLayer, ToRGBLayer
+from convlora.integrations.stylegan2.ops import modulated_conv2d
 
 LAYERS = {
     "conv1": lambda: SynthesisLayer(8, 6, 5, 9),
@@ -85,3 +87,12 @@ def test_equalised_layers_take_the_change_before_their_gain(build, randomize):
     with torch.no_grad():
         plain.weight.add_(adapter.delta(""))
     torch.testing.assert_close(plain(x), y1, rtol=1e-12, atol=1e-12)
+
+
+def test_demodulation_of_a_weight_that_is_taken_away_whole_stays_finite():
+    """Its sum of squares is a difference of equal numbers, which rounding may leave below zero."""
+    base, styles = torch.randn(6, 64, 3, 3), torch.randn(3, 64).requires_grad_()
+    left, right = -torch.eye(6).requires_grad_(), base.flatten(1).clone().requires_grad_()
+    y = modulated_conv2d(torch.randn(3, 64, 9, 9), LowRankWeight(base, left, right), styles, padding=1)
+    assert y.isfinite().all() and float(y.detach().abs().max()) < 0.1
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), [styles, left, right]))

@@ -15,7 +15,7 @@ from convlora import files
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
-from convlora.integrations.eg3d.batches import Kept, Watch, fit_in_batches, told
+from convlora.integrations.eg3d.batches import Kept, Watch, fit_in_batches, fitting, told
 from convlora.integrations.eg3d.camera_refinement import (
     CameraPrior,
     Refine,
@@ -25,6 +25,7 @@ from convlora.integrations.eg3d.camera_refinement import (
 )
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, filled, frozen, photo_loss, preview, reconstruct
+from convlora.integrations.eg3d.renderer import Samples
 
 #: An image → w encoder as the start of inversion: (images, labels) -> (N, w_dim).
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -60,6 +61,11 @@ class Anchors(NamedTuple):
         names = json.loads(metadata["names"])
         return Anchors(tensors["w"], names, tensors["loss"], tensors.get("labels"), tensors.get("moved_degrees"))
 
+    def part(self, which: list[int]) -> Anchors:
+        """Of some of the photos."""
+        rest = (None if tensor is None else tensor[which] for tensor in (self.labels, self.moved_degrees))
+        return Anchors(self.w[which], [self.names[i] for i in which], self.loss[which], *rest)
+
     def extended(self, more: Anchors) -> Anchors:
         """These and `more` as one."""
         both = (None if a is None or b is None else torch.cat([a, b]) for a, b in zip(self[3:], more[3:]))
@@ -77,7 +83,7 @@ def find_anchors(
     lr: float = 0.01,
     noise: float | None = None,
     w_samples: int = 600,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     refine_camera: Refine | None = None,
     camera_prior: CameraPrior = CameraPrior(),  # noqa: B008 (immutable)
     camera_lr: float = 0.1,
@@ -93,7 +99,7 @@ def find_anchors(
     latent noise of scale std(w)·`noise`·max(0, 1 − t/0.75)², Adam (0.9, 0.999). The loss is `photo_loss` on both
     resolutions. Noise buffers stay the generator's own: the personalised generator uses those, so fitting others
     here, as the projector does, would only let w explain less of the photo. Padded pixels of photos with masks do
-    not count.
+    not count. Every photo has random numbers of its own: its anchor is the same, up to rounding, in any batch.
 
     Cameras stay as they are, or are refined with w (`camera_refinement`): a coarse search over yaw and pitch, then
     gradients, with `camera_weight`·Σ(correction / standard deviation)² added to each photo's loss.
@@ -101,6 +107,8 @@ def find_anchors(
     Args:
         init: "mean" (of `w_samples` mapped latents), "random" (a mapped latent each), an encoder, or w (N, w_dim).
         noise: initial noise factor; None is the projector's 0.05, or 0 where the start already knows the photo.
+        batch_size: photos at a time; None is as many as the free memory is expected to hold, up to 8 on a CPU and 64
+            elsewhere: twice what one forward keeps for backward is reckoned for each (`bytes_kept`).
         refine_camera: None, "rotation" (yaw, pitch, roll) or "full" (and shift in the picture and distance).
         camera_prior: the standard deviations of the given cameras' errors, and the point about which they turn.
         camera_lr: the cameras' learning rate, standard deviations per step; it follows `lr`'s ramp, with a warm-up
@@ -134,13 +142,16 @@ def find_anchors(
         kept = Kept(Path(checkpoint), _FORMAT, told(settings))
 
     def fit(batch: Photos, which: slice, watch: Watch) -> dict[str, Tensor]:
-        w, loss, labels = _fit(G, batch, start[which], steps, how, watch)
+        own = [torch.Generator(device).manual_seed(seed + i) for i in range(which.start, which.start + len(batch))]
+        w, loss, labels = _fit(G, batch, start[which], steps, how, watch, own)
         found = {"w": w, "loss": loss}
         if sigmas is not None:
             found |= {"labels": labels, "moved_degrees": moved_degrees(batch.labels, labels)}
         return found
 
     with frozen(G):
+        if batch_size is None:
+            batch_size = 1 if len(photos) == 1 else fitting(2 * bytes_kept(G), device)
         found = fit_in_batches(
             fit, photos, steps, what="inversion of", rate=f"lr={lr:g}", batch_size=batch_size, seed=seed,
             device=device, kept=kept, description=description, progress=progress,
@@ -163,9 +174,13 @@ class _How(NamedTuple):
 
 
 def _fit(
-    G: TriPlaneGenerator, photos: Photos, start: Tensor, steps: int, how: _How, watch: Watch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """w (N, w_dim), loss (N,) and cameras labels (N, 25) of one batch after `steps` of the schedule."""
+    G: TriPlaneGenerator, photos: Photos, start: Tensor, steps: int, how: _How, watch: Watch,
+    generators: list[torch.Generator],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """w (N, w_dim), loss (N,) and cameras labels (N, 25) of one batch after `steps` of the schedule.
+
+    Each photo's random numbers come from its own of the N generators.
+    """
     correction, labels, sigmas = None, photos.labels, how.sigmas
     if sigmas is not None:
         start, correction = _coarse(G, photos, start, how)
@@ -179,8 +194,10 @@ def _fit(
         if correction is not None and sigmas is not None:
             optimizer.param_groups[1]["lr"] = how.camera_lr * _ramp(t) * min(1.0, t / 0.2)
             labels = corrected(photos.labels, correction * sigmas, how.pivot)
-        noisy = w + torch.randn_like(w) * (how.noise * max(0.0, 1 - t / 0.75) ** 2)
-        out = reconstruct(G, noisy, labels)
+        normal = torch.stack([torch.randn(w.shape[1:], generator=own, device=w.device) for own in generators])
+        samples = Samples(*map(torch.cat, zip(*(G.samples(1, generator=own) for own in generators))))
+        noisy = w + normal.to(w) * (how.noise * max(0.0, 1 - t / 0.75) ** 2)
+        out = reconstruct(G, noisy, labels, samples=samples)
         each = photo_loss(out, photos.images, how.perceptual, how.perceptual_weight, photos.masks)
         loss = each.sum()
         if correction is not None:
@@ -192,6 +209,24 @@ def _fit(
     if correction is not None and sigmas is not None:
         labels = corrected(photos.labels, correction.detach() * sigmas, how.pivot)
     return w.detach(), each.detach(), labels
+
+
+def bytes_kept(G: TriPlaneGenerator) -> int:
+    """What the rendering of one latent keeps for backward, measured with one forward; G's weights stay as they are."""
+    kept: dict[int, int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weight = next(G.parameters())
+    w = weight.new_zeros(1, G.w_dim).requires_grad_()
+    front = cameras.frontal(1, **cameras.orbit_of(G.rendering_kwargs), device=weight.device)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        out = reconstruct(G, w, front, deterministic=True)
+    del out
+    return sum(kept.values())
 
 
 def _check_refinement(checkpoint: Path, refine: Refine | None) -> None:

@@ -143,6 +143,25 @@ def diverged(what: str, names: Sequence[str], step: int, steps: int, rate: str, 
     )
 
 
+def fitting(each: int, device: torch.device) -> int:
+    """How many photos of `each` bytes the device's free memory holds: at least 1, at most 8 on a CPU, 64 elsewhere."""
+    most = 8 if device.type == "cpu" else 64  # a CPU's cache holds no more, however large its memory
+    free = free_memory(device)
+    return most if free is None else max(1, min(most, free // max(1, each)))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own to give
+        return int(torch.cuda.mem_get_info(device)[0] + reserved)
+    told = Path("/proc/meminfo")
+    if device.type != "cpu" or not told.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in told.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+
+
 def fit_in_batches(
     fit: Callable[[Photos, slice, Watch], dict[str, Tensor]],
     photos: Photos,

@@ -6,18 +6,27 @@ Source: Chan et al., "Efficient Geometry-aware 3D Generative Adversarial Network
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.cameras import split_label
-from convlora.integrations.eg3d.renderer import ImportanceRenderer, RaySampler, Rendering
+from convlora.integrations.eg3d.renderer import (
+    ImportanceRenderer,
+    RaySampler,
+    Rendering,
+    Samples,
+    draw_samples,
+)
 from convlora.integrations.eg3d.superresolution import Superresolution
 from convlora.integrations.stylegan2.generator import Generator
 from convlora.integrations.stylegan2.layers import FullyConnectedLayer
+from convlora.integrations.stylegan2.ops import differentiable
 
 
 class OSGDecoder(nn.Module):
@@ -40,7 +49,14 @@ class OSGDecoder(nn.Module):
             features = features.mean(1)
         out = self.net(features)
         sigma, rgb = out.split([1, out.shape[-1] - 1], dim=-1)
-        return {"rgb": torch.sigmoid(rgb) * 1.002 - 0.001, "sigma": sigma}  # reaches 0 and 1 without saturating
+        rgb = torch.sigmoid(rgb)
+        # reaches 0 and 1 without saturating
+        rgb = rgb * 1.002 - 0.001 if differentiable(rgb) else rgb.mul_(1.002).sub_(0.001)
+        return {"rgb": rgb, "sigma": sigma}
+
+
+def _directly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 class TriPlaneGenerator(nn.Module):
@@ -165,13 +181,28 @@ class TriPlaneGenerator(nn.Module):
         out = self.backbone.synthesis(ws, noise_mode=noise_mode, **block_kwargs)
         return out.unflatten(1, (3, self.plane_channels))
 
-    def render(self, planes: Tensor, c: Tensor, resolution: int, deterministic: bool = False) -> Rendering:
+    def samples(self, count: int, resolution: int | None = None, generator: torch.Generator | None = None) -> Samples:
+        """Random numbers for rendering `count` images: what synthesis draws for itself if it gets none."""
+        side = self.neural_rendering_resolution if resolution is None else resolution
+        parameter = next(self.decoder.parameters())
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        origins = parameter.new_empty(count, side * side, 0, dtype=dtype)
+        return draw_samples(origins, self.rendering_kwargs, generator=generator)
+
+    def render(
+        self,
+        planes: Tensor,
+        c: Tensor,
+        resolution: int,
+        deterministic: bool = False,
+        samples: Samples | None = None,
+    ) -> Rendering:
         """Volume rendering without super-resolution: features (N, resolution^2, feature_channels), row by row."""
         cam2world, intrinsics = split_label(c.to(planes.dtype))
         if len(planes) == 1 < len(c):
             planes = planes.expand(len(c), -1, -1, -1, -1)
         origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
-        return self.renderer(planes, self.decoder, origins, directions, self.rendering_kwargs, deterministic)
+        return self.renderer(planes, self.decoder, origins, directions, self.rendering_kwargs, deterministic, samples)
 
     def synthesis(
         self,
@@ -184,28 +215,34 @@ class TriPlaneGenerator(nn.Module):
         noise_mode: str = "random",
         deterministic: bool = False,
         planes: Tensor | None = None,
+        samples: Samples | None = None,
+        checkpointing: bool = False,
         **block_kwargs: Any,
     ) -> dict[str, Tensor]:
         """image (N, 3, img_resolution^2), image_raw (N, 3, R, R) and image_depth (N, 1, R, R); R is stored if given.
 
         ws (N, num_ws, w_dim), c (N, 25). noise_mode ('random', 'const', 'none') is the backbone's; deterministic=True
-        fixes the renderer's samples. planes reuses the result of planes(ws). block_kwargs: fused_modconv, force_fp32.
+        fixes the renderer's samples, and samples gives them. planes reuses the result of planes(ws). checkpointing=True
+        keeps nothing inside backbone, renderer and super-resolution for backward, which computes each once more.
+        block_kwargs: fused_modconv, force_fp32.
         """
         if neural_rendering_resolution is None:
             neural_rendering_resolution = self.neural_rendering_resolution
         else:
             self.neural_rendering_resolution = neural_rendering_resolution
         side = neural_rendering_resolution
+        part = partial(checkpoint, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else _directly
         if planes is None and use_cached_backbone:
             planes = self._last_planes
         if planes is None:
-            planes = self.planes(ws, noise_mode=noise_mode, **block_kwargs)
+            planes = part(self.planes, ws, noise_mode=noise_mode, **block_kwargs)
         if cache_backbone:
             self._last_planes = planes
-        rendering = self.render(planes, c, side, deterministic)
+        rendering = part(self.render, planes, c, side, deterministic, samples)
         features = rendering.features.transpose(1, 2).unflatten(2, (side, side))
         rgb = features[:, :3]
-        image, raw = self.superresolution(
+        image, raw = part(
+            self.superresolution,
             rgb,
             features,
             ws,

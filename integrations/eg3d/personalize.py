@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from convlora.integrations.eg3d.anchors import Anchors
 from convlora.integrations.eg3d.batches import EVERY, diverged
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, photo_loss, reconstruct
+from convlora.integrations.eg3d.precision import Precision, computing_in
 
 Preset = Literal["true_rank", "paper", "official_code"]
 
@@ -28,6 +30,7 @@ Preset = Literal["true_rank", "paper", "official_code"]
 TARGETS = ("backbone.synthesis.*", "superresolution.*")
 _BIASES = tuple(f"{target}.{name}" for target in TARGETS for name in ("bias", "noise_strength"))
 _RGB_OUTPUTS = 3
+_BETTER = 0.005  # the share by which a held-out loss must fall to count as lower
 
 
 def inject_personal(
@@ -90,13 +93,17 @@ def personalize(
     checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
+    **options: Any,
 ) -> Adapter:
-    """Personalise G in place: `inject_personal`, then `tune` on (photo, camera, anchor) triples; returns the handle."""
+    """Personalise G in place: `inject_personal`, then `tune` on (photo, camera, anchor) triples; returns the handle.
+
+    options: further ones of `tune`, e.g. `patience`, `accumulate` or `precision`.
+    """
     adapter = inject_personal(G, rank, preset)
     groups = parameter_groups(adapter, lr, lr if lr_full is None else lr_full)
     tune(
         G, photos, anchors, groups, steps=steps, batch_size=batch_size, perceptual=perceptual,
-        perceptual_weight=perceptual_weight, checkpoint=checkpoint, seed=seed, progress=progress,
+        perceptual_weight=perceptual_weight, checkpoint=checkpoint, seed=seed, progress=progress, **options,
     )  # fmt: skip
     return adapter
 
@@ -116,6 +123,12 @@ def tune(
     seed: int = 0,
     progress: bool = True,
     description: str = "personalising",
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    precision: Precision | None = None,
+    held_out: tuple[Photos, Anchors] | None = None,
+    patience: int | None = None,
+    look_every: int = 50,
 ) -> list[tuple[int, float]]:
     """Optimise `parameters` (Adam's groups) so that each anchor renders its photo; returns (step, loss) history.
 
@@ -123,6 +136,17 @@ def tune(
     that the anchors were refined to, if they were; Adam has betas (0, 0.992) as My3DGen's code has them, with a
     cosine decay to a tenth; gradients' NaN become 0. Photos come in a fresh random order every pass. Random draws
     depend on `seed` and the step alone, so a run resumed from `checkpoint` ends where an uninterrupted one does.
+
+    Args:
+        accumulate: into how many parts a batch is split, one in memory at a time; the result is the same up to
+            rounding, the time that of smaller batches.
+        checkpointing: keep little for backward and compute it again, which costs one forward more per step.
+        precision: of forward and backward (None: as torch's flags say); weights and Adam stay in float32.
+        held_out: photos that are not tuned to, with anchors of the untuned G.
+        patience: stop when the loss of `held_out` at its anchors was not lowered by 0.5 % for so many looks, one
+            every `look_every` steps (a multiple of 10), and take the weights of the last look that lowered it. The
+            learning rate decays as if all `steps` were taken. A look costs a forward of every held-out photo, without
+            randomness.
 
     Raises:
         ConvloraError: anchors of other photos; or a loss or weight that is not finite, naming step and photos. Losses
@@ -137,6 +161,10 @@ def tune(
     groups = [{**group, "params": list(group["params"])} for group in parameters]
     device = next(G.parameters()).device
     cameras = photos.labels if anchors.labels is None else anchors.labels
+    if not 1 <= accumulate <= batch_size:
+        raise ConvloraError(f"accumulate is {accumulate}; a batch of {batch_size} has 1 to {batch_size} parts")
+    micro = math.ceil(batch_size / accumulate)
+    plateau = None if patience is None else _plateau(held_out, patience, look_every, device)
     images, labels, w = photos.images.to(device), cameras.to(device), anchors.w.to(device)
     masks = None if photos.masks is None else photos.masks.to(device)
     optimizer = torch.optim.Adam(groups, lr=0.002, betas=(0.0, 0.992), eps=1e-8)
@@ -147,7 +175,7 @@ def tune(
     history: list[tuple[int, float]] = []
     first = 0
     if checkpoint is not None and Path(checkpoint).is_file():
-        first, history = _resume(Path(checkpoint), tuned, optimizer, scheduler, steps)
+        first, history = _resume(Path(checkpoint), tuned, optimizer, scheduler, steps, plateau)
     order = _order(len(photos), steps * batch_size, seed)
     saved = time.monotonic()
     recent: list[Tensor] = []  # (batch_size,) losses each, which stay on the device until a line of history is due
@@ -157,18 +185,27 @@ def tune(
             batch = order[step * batch_size : (step + 1) * batch_size].to(device)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed * 1_000_003 + step)
-                out = reconstruct(G, w[batch], labels[batch])
-            mask = None if masks is None else masks[batch]
-            each = photo_loss(out, images[batch], perceptual, perceptual_weight, mask)
+                samples = G.samples(len(batch))  # of the whole batch: however it is split, they are the same
             optimizer.zero_grad(set_to_none=True)
-            each.mean().backward()
+            parts: list[Tensor] = []
+            for start in range(0, batch_size, micro):
+                rows = batch[start : start + micro]
+                with computing_in(precision, device):
+                    out = reconstruct(
+                        G, w[rows], labels[rows], samples=samples.part(slice(start, start + micro)),
+                        checkpointing=checkpointing,
+                    )  # fmt: skip
+                    mask = None if masks is None else masks[rows]
+                    each = photo_loss(out, images[rows], perceptual, perceptual_weight, mask)
+                    (each.sum() / batch_size).backward()
+                parts.append(each.detach())
             for p in tuned:
                 if p.grad is not None:
                     torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
             optimizer.step()
             scheduler.step()
             bar.update()
-            recent.append(each.detach())
+            recent.append(torch.cat(parts))
             if (step + 1) % EVERY == 0 or step + 1 == steps:
                 losses = torch.stack(recent)  # of the steps up to this one
                 recent.clear()
@@ -183,10 +220,74 @@ def tune(
                 good_step = step + 1
                 history.append((step + 1, float(losses.mean())))
                 bar.set_postfix(loss=f"{history[-1][1]:.4f}")
-                if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step + 1 == steps):
-                    _save(Path(checkpoint), tuned, optimizer, scheduler, step + 1, steps, history)
+                over = step + 1 == steps
+                if plateau is not None and ((step + 1) % look_every == 0 or over):
+                    with computing_in(precision, device):
+                        loss = _held_out_loss(G, plateau, perceptual, perceptual_weight, micro)
+                    over |= plateau.over(loss, tuned)
+                    if over:
+                        _put(tuned, plateau.best)
+                if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or over):
+                    # a run that stopped early is told as finished
+                    done = steps if over else step + 1
+                    _save(Path(checkpoint), tuned, optimizer, scheduler, done, steps, history, plateau)
                     saved = time.monotonic()
+                if over:
+                    break
     return history
+
+
+@dataclass
+class _Plateau:
+    """The loss of held-out photos while others are tuned to, the weights at its lowest, and how long ago that was."""
+
+    photos: Photos
+    w: Tensor
+    labels: Tensor
+    patience: int
+    best: list[Tensor] = field(default_factory=list)
+    lowest: float = math.inf
+    since: int = 0
+
+    def over(self, loss: float, tuned: list[nn.Parameter]) -> bool:
+        """Note the loss of a look; whether it was the last one worth taking."""
+        if loss < self.lowest * (1 - _BETTER) or not self.best:
+            self.best, self.lowest, self.since = [p.detach().clone() for p in tuned], loss, 0
+        else:
+            self.since += 1
+        return self.since >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "lowest": self.lowest, "since": self.since}
+
+    def load(self, state: Mapping[str, Any], tuned: list[nn.Parameter]) -> None:
+        self.best = [value.to(p.device) for value, p in zip(state["best"], tuned)]
+        self.lowest, self.since = float(state["lowest"]), int(state["since"])
+
+
+def _plateau(held_out: tuple[Photos, Anchors] | None, patience: int, look_every: int, device: torch.device) -> _Plateau:
+    if held_out is None or not len(held_out[0]) or held_out[0].names != held_out[1].names:
+        raise ConvloraError(f"patience={patience} needs held_out=(photos, anchors) of the same files in the same order")
+    if patience < 1 or look_every < 1 or look_every % EVERY:
+        raise ConvloraError(
+            f"patience={patience}, look_every={look_every}: patience is at least 1, look_every a multiple of {EVERY}"
+        )
+    photos, anchors = held_out[0].to(device), held_out[1]
+    labels = photos.labels if anchors.labels is None else anchors.labels.to(device)
+    return _Plateau(photos, anchors.w.to(device), labels, patience)
+
+
+@torch.no_grad()
+def _held_out_loss(
+    G: TriPlaneGenerator, at: _Plateau, perceptual: Perceptual | None, weight: float, batch_size: int
+) -> float:
+    """The mean of `photo_loss` without randomness."""
+    losses = []
+    for start in range(0, len(at.photos), batch_size):
+        which = slice(start, start + batch_size)
+        out, photos = reconstruct(G, at.w[which], at.labels[which], deterministic=True), at.photos.part(which)
+        losses.append(photo_loss(out, photos.images, perceptual, weight, photos.masks))
+    return float(torch.cat(losses).mean())
 
 
 def _all_finite(*tensors: Tensor) -> bool:
@@ -227,10 +328,11 @@ def _save(
     step: int,
     steps: int,
     history: list[tuple[int, float]],
+    plateau: _Plateau | None,
 ) -> None:
     state: dict[str, Any] = {
         "tuned": [p.detach() for p in tuned], "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-        "step": step, "steps": steps, "history": history,
+        "step": step, "steps": steps, "history": history, "held_out": plateau and plateau.state(),
     }  # fmt: skip
     state["scheduler"].pop("lr_lambdas", None)
     with replacing(path) as temporary:
@@ -243,6 +345,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     steps: int,
+    plateau: _Plateau | None,
 ) -> tuple[int, list[tuple[int, float]]]:
     try:
         state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -252,11 +355,15 @@ def _resume(
     rates = [
         [group["initial_lr"] for group in told["param_groups"]] for told in (state["optimizer"], optimizer.state_dict())
     ]
-    if state["steps"] != steps or shapes != [tuple(p.shape) for p in tuned] or rates[0] != rates[1]:
+    watched = state.get("held_out")
+    same = state["steps"] == steps and rates[0] == rates[1] and (watched is None) == (plateau is None)
+    if not same or shapes != [tuple(p.shape) for p in tuned]:
         raise FileError(f"{path} is of a run with other settings; remove it or choose another output folder")
     with torch.no_grad():
         for parameter, value in zip(tuned, state["tuned"], strict=True):
             parameter.copy_(value)
+    if plateau is not None and watched is not None:
+        plateau.load(watched, tuned)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
     return int(state["step"]), [(int(s), float(v)) for s, v in state["history"]]

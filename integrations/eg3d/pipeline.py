@@ -24,17 +24,23 @@ from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, completed
 from convlora.integrations.eg3d.metrics import IdentityEncoder, described, id_sim, psnr
 from convlora.integrations.eg3d.personalize import Preset, inject_personal, parameter_groups, tune, unfreeze
+from convlora.integrations.eg3d.precision import Precision
 from convlora.integrations.eg3d.report import Plan, Report, Row, Spread, explore
 from convlora.integrations.eg3d.run_folder import RunFolder
 from convlora.integrations.eg3d.tasks import Hull, make_hull, novel_views
 from convlora.integrations.eg3d.tasks.directions import Direction
 
 PRETRAINED, FULL = "pretrained", "full fine-tuning"
+_WATCHED = 8  # with patience, one training photo of so many is watched
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a person is learned and measured. The defaults suit 512² generators on a GPU; the demo has its own."""
+    """How a person is learned and measured. The defaults suit 512² generators on a GPU; the demo has its own.
+
+    The last four are `tune`'s, None being its defaults. With `patience` every eighth training photo is watched and not
+    tuned to: photos held out for measuring must not choose the weights that they measure.
+    """
 
     rank: int = 1
     preset: Preset = "true_rank"
@@ -51,6 +57,10 @@ class Settings:
     yaw: float = 0.45  # radians to each side in the turntable
     refine_camera: Literal["rotation", "full", "off"] | None = None  # None: "full" if they are from landmarks
     seed: int = 0
+    accumulate: int | None = None
+    checkpointing: bool | None = None
+    precision: Precision | None = None
+    patience: int | None = None
 
 
 class Networks(NamedTuple):
@@ -70,6 +80,8 @@ class Evaluation(NamedTuple):
 def check_settings(G: TriPlaneGenerator, settings: Settings) -> None:
     """Raise now what personalising G would raise after minutes of inversion: an unknown preset, an impossible rank."""
     inject_personal(G, settings.rank, settings.preset).remove()
+    if settings.accumulate is not None and not 1 <= settings.accumulate <= settings.batch_size:
+        raise ConvloraError(f"accumulate is {settings.accumulate}; a batch of {settings.batch_size} has fewer parts")
 
 
 def personalize_album(
@@ -114,13 +126,14 @@ def personalize_album(
             models, hull, list(zip(album.train.names, album.train.images)), directions(hull), plan=plan,
             folder=out / "sheets", progress=progress,
         )  # fmt: skip
+    told = [(key, value) for key, value in asdict(settings).items() if value is not None]
     return Report(
         title=f"A personal 3D generator of {album.person}",
         person=album.person,
         notice=_notice(album),
         command=command,
         environment=environment(next(G.parameters()).device),
-        settings={**{key: str(value) for key, value in asdict(settings).items()}, "frames": plan.grid},
+        settings={**{key: str(value) for key, value in told}, "frames": plan.grid},
         album=album.train.images,
         rows=list(rows.values()),
         metric_notes=_metric_notes(networks),
@@ -205,10 +218,12 @@ def _tuned(
         adapter = inject_personal(model, settings.rank, settings.preset)
         groups = parameter_groups(adapter, settings.lr, settings.lr_full)
     trainables = sum(p.numel() for group in groups for p in group["params"])
+    photos, at, options = _watching(album.train, anchors, settings)
     curve = tune(
-        model, album.train, anchors, groups, steps=settings.steps, batch_size=settings.batch_size,
+        model, photos, at, groups, steps=settings.steps, batch_size=settings.batch_size,
         perceptual=networks.perceptual, perceptual_weight=settings.perceptual_weight, seed=settings.seed,
         checkpoint=out / f"{'full' if name == FULL else 'adapter'}.ckpt", progress=progress, description=name,
+        **options,
     )  # fmt: skip
     if adapter is None:
         model.requires_grad_(False)
@@ -220,6 +235,20 @@ def _tuned(
     for p in adapter.parameters():
         p.requires_grad_(False)
     return model, Row(name, trainables, path.stat().st_size, None, {}), curve
+
+
+def _watching(photos: Photos, anchors: Anchors, settings: Settings) -> tuple[Photos, Anchors, dict[str, Any]]:
+    """The photos to tune to, their anchors, and `tune`'s options, among them the photos to watch."""
+    names = ("accumulate", "checkpointing", "precision", "patience")
+    options = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if settings.patience is None:
+        return photos, anchors, options
+    if len(photos) < 2:
+        raise ConvloraError(f"patience={settings.patience} needs 2 training photos or more, one of them to watch")
+    watched = list(range(_WATCHED - 1, len(photos), _WATCHED)) or [len(photos) - 1]
+    rest = [i for i in range(len(photos)) if i not in watched]
+    options["held_out"] = photos.part(watched), anchors.part(watched)
+    return photos.part(rest), anchors.part(rest), options
 
 
 def check_reload(G: TriPlaneGenerator, model: TriPlaneGenerator, path: Path, w: Tensor, label: Tensor) -> None:

@@ -20,7 +20,8 @@ from convlora.integrations.stylegan2.ops import full_precision
 Decoder = Callable[..., dict[str, Tensor]]
 Limit = float | Tensor
 
-CACHED = 1 << 14  # points whose decoder activations fit a core's cache
+CACHED = 1 << 15  # points whose features and activations a CPU's cache holds
+HELD = 1 << 22  # points whose features and activations other devices hold at once, some 3 GB at full size
 
 
 class Rendering(NamedTuple):
@@ -85,31 +86,86 @@ def auto_limits(origins: Tensor, directions: Tensor, side: float) -> tuple[Tenso
 # ---- depths --------------------------------------------------------------------------------------------------------
 
 
+class Samples(NamedTuple):
+    """All that is random about rays: jitter (N, M, S) of the first pass, quantiles u (N, M, U) of the second."""
+
+    jitter: Tensor
+    u: Tensor
+
+    def part(self, which: slice) -> Samples:
+        """Of some of the N images."""
+        return Samples(self.jitter[which], self.u[which])
+
+
+def draw_samples(
+    origins: Tensor,
+    options: Mapping[str, Any],
+    deterministic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Samples:
+    """For rays of origins (N, M, 3); see render_rays for the options."""
+    fine = options.get("depth_resolution_importance", 0)
+    return Samples(
+        draw_jitter(origins, options["depth_resolution"], deterministic, generator),
+        quantiles(origins, fine, deterministic, generator),
+    )
+
+
+def draw_jitter(
+    origins: Tensor, count: int, deterministic: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Uniform in [0, 1), (N, M, count) for rays of origins (N, M, 3), or all 0.5."""
+    shape = (*origins.shape[:-1], count)
+    if deterministic:
+        return origins.new_tensor(0.5).expand(shape)
+    return torch.rand(shape, generator=generator, device=origins.device, dtype=origins.dtype)
+
+
 def stratified_depths(
-    origins: Tensor, near: Limit, far: Limit, count: int, disparity: bool = False, deterministic: bool = False
+    origins: Tensor,
+    near: Limit,
+    far: Limit,
+    count: int,
+    disparity: bool = False,
+    deterministic: bool = False,
+    jitter: Tensor | None = None,
 ) -> Tensor:
     """(N, M, count) ascending depths: one jittered sample per interval; numbers or (N, M, 1) tensors as limits.
 
-    deterministic=True puts every sample half an interval on. The last sample may pass `far`, by up to one interval.
+    deterministic=True puts every sample half an interval on; jitter (N, M, count) puts each on by a share of its own.
+    The last sample may pass `far`, by up to one interval.
     """
     if count < 2:
         raise ConvloraError(f"depth_resolution is {count}; a ray needs at least 2 samples")
     step = torch.arange(count, device=origins.device, dtype=origins.dtype)
-    shape = (*origins.shape[:-1], count)
-    jitter = step.new_tensor(0.5).expand(shape) if deterministic else torch.rand_like(step.expand(shape))
+    if jitter is None:
+        jitter = draw_jitter(origins, count, deterministic)
     t = (step + jitter) / (count - 1)
     if disparity:
         return 1 / ((1 - t) / near + t / far)
     return near + (far - near) * t
 
 
+def quantiles(
+    like: Tensor, count: int, deterministic: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Where importance_depths draws, (N, M, count) for a tensor (N, M, …): uniform, or linspace(0, 1, count)."""
+    shape = (*like.shape[:-1], count)
+    if deterministic:
+        return torch.linspace(0, 1, count, device=like.device, dtype=like.dtype).expand(shape)
+    return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
 @torch.no_grad()
-def importance_depths(depths: Tensor, weights: Tensor, count: int, deterministic: bool = False) -> Tensor:
+def importance_depths(
+    depths: Tensor, weights: Tensor, count: int, deterministic: bool = False, u: Tensor | None = None
+) -> Tensor:
     """(N, M, count) depths drawn where the first pass found weight. depths (N, M, S), weights (N, M, S - 1).
 
-    deterministic=True takes the quantiles linspace(0, 1, count). As in the released code the smoothed weights are
-    shifted by one against their bins, and the last bin is never drawn.
+    u (N, M, count) are `quantiles` drawn before, in place of new ones. As in the released code the smoothed weights
+    are shifted by one against their bins, and the last bin is never drawn.
     """
+    u = (quantiles(depths, count, deterministic) if u is None else u).contiguous()
     padded = F.pad(weights, (1, 1), value=-torch.inf)
     smooth = torch.maximum(padded[..., :-1], padded[..., 1:])
     smooth = (smooth[..., :-1] + smooth[..., 1:]) / 2 + 0.01
@@ -117,11 +173,6 @@ def importance_depths(depths: Tensor, weights: Tensor, count: int, deterministic
     pdf = smooth[..., 1:-1] + 1e-5
     pdf = pdf / pdf.sum(-1, keepdim=True)
     cdf = F.pad(pdf.cumsum(-1), (1, 0))
-    shape = (*depths.shape[:-1], count)
-    if deterministic:
-        u = torch.linspace(0, 1, count, device=depths.device, dtype=depths.dtype).expand(shape).contiguous()
-    else:
-        u = torch.rand(shape, device=depths.device, dtype=depths.dtype)
     above = torch.searchsorted(cdf, u, right=True)
     low, high = (above - 1).clamp(min=0), above.clamp(max=cdf.shape[-1] - 1)
     cdf_low, cdf_high = cdf.gather(-1, low), cdf.gather(-1, high)
@@ -161,17 +212,41 @@ def fold_planes(planes: Tensor) -> Tensor:
     """(N, 3, C, H, W) to (N, 2, C, H, W) whose *summed* samples are the mean over the three planes.
 
     The second and third plane see the same two coordinates in swapped order, so their transposes add up before
-    sampling: exact for bilinear sampling, and a third less work per point.
+    sampling: exact for bilinear sampling, and a third less work per point. Stored with the channels of a texel side by
+    side, so that a corner is one stretch of memory.
     """
-    return torch.stack([planes[:, 0], planes[:, 1] + planes[:, 2].transpose(-1, -2)], dim=1) / 3
+    x, y, z = planes.movedim(2, -1).unbind(1)
+    return torch.stack([x, y + z.transpose(1, 2)], dim=1).div(3).movedim(-1, 2)
 
 
 def sample_folded(folded: Tensor, points: Tensor, box_warp: float) -> Tensor:
     """Mean plane features (N, P, C) at points (N, P, 3), from fold_planes."""
     points = points * (2 / box_warp)
+    if points.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _gather_texels(folded, points)
     first = _bilinear(folded[:, 0], points[..., :2])
     # one at a time: the sum of both in one tensor would make backward copy its gradient for each
     return (first + _bilinear(folded[:, 1], points[..., ::2])).transpose(1, 2)
+
+
+def _gather_texels(folded: Tensor, points: Tensor) -> Tensor:
+    """sample_folded as one weighted sum of the eight texels around a point, which a CPU does several times faster.
+
+    folded (N, 2, C, R, R), points (N, P, 3) in [-1, 1].
+    """
+    n, _, c, side, _ = folded.shape
+    pixel = torch.movedim(points, -1, 0) * (side / 2) + (side - 1) / 2  # (3, N, P)
+    low = pixel.detach().floor()
+    corner = torch.stack([low, low + 1], dim=1)  # (3, 2, N, P)
+    weight = torch.stack([low + 1 - pixel, pixel - low], dim=1)
+    weight = weight * ((corner >= 0) & (corner < side))  # zero outside
+    x, *others = corner.clamp_(0, side - 1).nan_to_num_(0).to(torch.int32)  # a point of NaN keeps its weight of NaN
+    image = torch.arange(n, dtype=torch.int32).view(n, 1) * (2 * side * side)
+    rows = torch.stack([other * side + (image + i * side * side) for i, other in enumerate(others)])  # (2, 2, N, P)
+    index = (rows.unsqueeze(2) + x).reshape(8, -1).t().contiguous()
+    weight = (weight[1:].unsqueeze(2) * weight[0]).reshape(8, -1).t()
+    texels = folded.movedim(2, -1).reshape(-1, c).to(points.dtype)
+    return F.embedding_bag(index, texels, mode="sum", per_sample_weights=weight.contiguous()).unflatten(0, (n, -1))
 
 
 def query(
@@ -260,6 +335,17 @@ def limits(origins: Tensor, directions: Tensor, options: Mapping[str, Any]) -> t
     return near, far
 
 
+class _Passes(NamedTuple):
+    """Both passes along some of the rays, as Rendering has them."""
+
+    features: Tensor
+    weight_sum: Tensor
+    depths: Tensor
+    weights: Tensor
+    coarse_sigma: Tensor
+    coarse_weights: Tensor
+
+
 def render_rays(
     planes: Tensor,
     decoder: Decoder,
@@ -267,16 +353,50 @@ def render_rays(
     directions: Tensor,
     options: Mapping[str, Any],
     deterministic: bool = False,
+    points: int | None = None,
+    samples: Samples | None = None,
 ) -> Rendering:
     """Two-pass volume rendering of planes (N, 3, C, H, W) along rays (N, M, 3).
 
     options: box_warp, ray_start, ray_end, depth_resolution, depth_resolution_importance (0 = one pass),
-    disparity_space_sampling, white_back, density_noise. deterministic=True removes all randomness.
+    disparity_space_sampling, white_back, density_noise. deterministic=True removes all randomness; samples are
+    random numbers drawn before, in place of new ones.
+    Without gradients, rays are taken so many at a time that one pass has about `points` samples (None: what the
+    device's memory suits), and colours are kept of those alone; random numbers do not depend on it.
     """
     if options.get("clamp_mode", "softplus") != "softplus":
         raise ConvloraError(f"clamp_mode is {options['clamp_mode']!r}; only 'softplus' exists")
     folded = fold_planes(planes)
-    white_back = bool(options.get("white_back", False))
+    near, far = limits(origins, directions, options)
+    disparity = bool(options.get("disparity_space_sampling", False))
+    jitter, u = draw_samples(origins, options, deterministic) if samples is None else samples
+    coarse = stratified_depths(origins, near, far, options["depth_resolution"], disparity, jitter=jitter)
+
+    rays = _rays_at_once(coarse, points, options)
+    parts = zip(*(tensor.split(rays, dim=1) for tensor in (origins, directions, coarse, u)))
+    passes = [_march(folded, decoder, o, d, depths, quantile, options) for o, d, depths, quantile in parts]
+    found = passes[0] if len(passes) == 1 else _Passes(*(torch.cat(tensors, dim=1) for tensors in zip(*passes)))
+    with full_precision(origins.device):
+        depth = mean_depth(found.weights, found.depths)
+    return Rendering(depth=depth, coarse_depths=coarse, **found._asdict())
+
+
+def _rays_at_once(coarse: Tensor, points: int | None, options: Mapping[str, Any]) -> int:
+    """How many of the rays of coarse (N, M, S) are taken at a time."""
+    n, m, s = coarse.shape
+    # backward would add up a gradient of the planes for each part, and noise is drawn sample by sample
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or options.get("density_noise", 0) > 0:
+        return max(1, m)
+    if points is None:
+        points = CACHED if coarse.device.type == "cpu" else HELD
+    return max(1, points // (n * s))
+
+
+def _march(
+    folded: Tensor, decoder: Decoder, origins: Tensor, directions: Tensor, coarse: Tensor, u: Tensor,
+    options: Mapping[str, Any],
+) -> _Passes:  # fmt: skip
+    """Both passes along rays (N, M, 3): the first at coarse (N, M, S), the second at its quantiles u (N, M, U)."""
 
     def field(depths: Tensor) -> tuple[Tensor, Tensor]:
         n, m, s = depths.shape
@@ -284,36 +404,25 @@ def render_rays(
         colors, sigma = query(folded, decoder, points, None, options)  # the decoder ignores directions
         return colors.unflatten(1, (m, s)), sigma.reshape(n, m, s).to(depths.dtype)
 
-    near, far = limits(origins, directions, options)
-    disparity = bool(options.get("disparity_space_sampling", False))
-    coarse = stratified_depths(origins, near, far, options["depth_resolution"], disparity, deterministic)
     colors, sigma = field(coarse)
-    fine_count = options.get("depth_resolution_importance", 0)
     with full_precision(origins.device):
         coarse_weights = march_weights(sigma, coarse)
-        if fine_count == 0:
-            depths, weights = coarse, coarse_weights
-            parts = [(colors, node_weights(weights))]
-    if fine_count > 0:
-        fine = importance_depths(coarse, coarse_weights, fine_count, deterministic)
+    if u.shape[-1] == 0:
+        depths, weights = coarse, coarse_weights
+        parts = [(colors, node_weights(weights))]
+    else:
+        fine = importance_depths(coarse, coarse_weights, u.shape[-1], u=u)
         fine_colors, fine_sigma = field(fine)
         with full_precision(origins.device):
             depths, order = torch.cat([coarse, fine], dim=-1).sort(dim=-1)
             weights = march_weights(torch.cat([sigma, fine_sigma], dim=-1).gather(-1, order), depths)
             nodes = node_weights(weights)
             nodes = torch.zeros_like(nodes).scatter(-1, order, nodes)
-            parts = list(zip((colors, fine_colors), nodes.split([coarse.shape[-1], fine_count], dim=-1), strict=True))
+        own = nodes.split([coarse.shape[-1], u.shape[-1]], dim=-1)
+        parts = list(zip((colors, fine_colors), own, strict=True))
     with full_precision(origins.device):
-        return Rendering(
-            features=composite(parts, weights, white_back),
-            depth=mean_depth(weights, depths),
-            weight_sum=weights.sum(-1, keepdim=True),
-            depths=depths,
-            weights=weights,
-            coarse_depths=coarse,
-            coarse_sigma=sigma,
-            coarse_weights=coarse_weights,
-        )
+        features = composite(parts, weights, bool(options.get("white_back", False)))
+        return _Passes(features, weights.sum(-1, keepdim=True), depths, weights, sigma, coarse_weights)
 
 
 class RaySampler(nn.Module):
@@ -334,8 +443,9 @@ class ImportanceRenderer(nn.Module):
         directions: Tensor,
         options: Mapping[str, Any],
         deterministic: bool = False,
+        samples: Samples | None = None,
     ) -> Rendering:
-        return render_rays(planes, decoder, origins, directions, options, deterministic)
+        return render_rays(planes, decoder, origins, directions, options, deterministic, samples=samples)
 
     def run_model(
         self, planes: Tensor, decoder: Decoder, points: Tensor, directions: Tensor | None, options: Mapping[str, Any]

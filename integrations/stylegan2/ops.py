@@ -73,6 +73,7 @@ def bias_act(
     overwrite=True may destroy x, for callers that own it and need no gradient through it: fresh memory costs a CPU
     more than the arithmetic.
     """
+    overwrite = overwrite and not torch.compiler.is_compiling()  # a compiler reuses memory by itself
     gain = default_gain(act) if gain is None else gain
     slope = 0.2 if alpha is None else alpha
     early = gain if act in _HOMOGENEOUS and gain > 0 else 1.0  # a gain commutes with these: one pass with the bias
