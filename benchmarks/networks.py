@@ -20,6 +20,7 @@ reads its tensors once. A step far above both spends its time on something else.
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import _common as bench
 from _cases import NETWORKS, VARIANTS, step, trainables
@@ -67,11 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     told = bench.environment(options)
     bench.heading(told)
     bench.header(COLUMNS)
-    rows = []
-    for name in options.only:
-        for batch in options.batch:
-            for rank in options.rank:
-                rows += measure(name, batch, rank, options.rounds, options.device)
+    cases = product(options.only, options.batch, options.rank)
+    rows = [row for case in cases for row in measure(*case, options.rounds, options.device)]
     label = "{network}, batch {batch}, rank {rank}: {variant}"
     bench.write(options.out, "networks", told, rows, label, "of_frozen", "time of a step relative to frozen weights")
 

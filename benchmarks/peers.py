@@ -19,6 +19,7 @@ frozen weights, of the operations that really ran (see `networks.py`).
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import _common as bench
 from _cases import PLAIN, VARIANTS, step, trainables
@@ -77,11 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     bench.heading(told)
     print(f"peft {told['peft']}, lycoris-lora {told['lycoris-lora']}")
     bench.header(COLUMNS)
-    rows = []
-    for name in options.only:
-        for batch in options.batch:
-            for rank in options.rank:
-                rows += measure(name, batch, rank, options.rounds, options.device)
+    cases = product(options.only, options.batch, options.rank)
+    rows = [row for case in cases for row in measure(*case, options.rounds, options.device)]
     label = "{network}, batch {batch}, rank {rank}: {variant}"
     bench.write(options.out, "peers", told, rows, label, "of_frozen", "time of a step relative to frozen weights")
 

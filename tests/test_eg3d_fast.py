@@ -72,7 +72,7 @@ def test_colours_of_all_samples_are_never_held_at_once():
 
 
 def test_sampling_by_texels_is_sampling_by_grid():
-    """Values, and the gradients of planes and points, outside the box too."""
+    """Values, with gradients and without, and the gradients of planes and points, outside the box too."""
     torch.manual_seed(0)
     planes = torch.randn(2, 3, 4, 9, 9, dtype=torch.float64, requires_grad=True)
     points = (torch.rand(2, 40, 3, dtype=torch.float64) * 1.4 - 0.7).requires_grad_()
@@ -80,10 +80,14 @@ def test_sampling_by_texels_is_sampling_by_grid():
     got = renderer.sample_folded(renderer.fold_planes(planes), points, 1.1)
     want = renderer.sample_planes(planes, points, 1.1).mean(1)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        texels = renderer.sample_folded(renderer.fold_planes(planes), points, 1.1)
+    torch.testing.assert_close(texels, want, rtol=0, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (planes, points)) for x in (got, want)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@torch.no_grad()
 def test_points_that_are_no_numbers_have_no_features():
     points = torch.tensor([[[0.1, 0.2, 0.3], [float("nan"), 0.2, 0.3], [0.1, float("inf"), 0.3]]])
     got = renderer.sample_folded(renderer.fold_planes(torch.ones(1, 3, 2, 8, 8)), points, 1.0)

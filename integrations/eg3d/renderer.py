@@ -20,7 +20,7 @@ from convlora.integrations.stylegan2.ops import full_precision
 Decoder = Callable[..., dict[str, Tensor]]
 Limit = float | Tensor
 
-CACHED = 1 << 15  # points whose features and activations a CPU's cache holds
+CACHED = 1 << 14  # points whose features and activations a CPU's cache holds
 HELD = 1 << 22  # points whose features and activations other devices hold at once, some 3 GB at full size
 
 
@@ -222,7 +222,7 @@ def fold_planes(planes: Tensor) -> Tensor:
 def sample_folded(folded: Tensor, points: Tensor, box_warp: float) -> Tensor:
     """Mean plane features (N, P, C) at points (N, P, 3), from fold_planes."""
     points = points * (2 / box_warp)
-    if points.device.type == "cpu" and not torch.compiler.is_compiling():
+    if points.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _gather_texels(folded, points)
     first = _bilinear(folded[:, 0], points[..., :2])
     # one at a time: the sum of both in one tensor would make backward copy its gradient for each
@@ -231,6 +231,8 @@ def sample_folded(folded: Tensor, points: Tensor, box_warp: float) -> Tensor:
 
 def _gather_texels(folded: Tensor, points: Tensor) -> Tensor:
     """sample_folded as one weighted sum of the eight texels around a point, which a CPU does several times faster.
+
+    Forwards, that is: the gradient of embedding_bag runs on one thread, on two cores that of grid_sample is ahead.
 
     folded (N, 2, C, R, R), points (N, P, 3) in [-1, 1].
     """

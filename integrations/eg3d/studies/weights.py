@@ -23,7 +23,12 @@ def figure_9(cohort: Cohort, effort: Effort) -> Results:
     }
     middle, outer = groups
     claims = [
-        Claim("coarse and middle blocks change most", "change", f"{middle}, {kind.label}", f"{outer}, {kind.label}")
+        Claim(
+            f"coarse and middle blocks change most, {kind.label}",
+            "change",
+            f"{middle}, {kind.label}",
+            f"{outer}, {kind.label}",
+        )
         for kind in KINDS
     ]
     metrics = {"change": "‖ΔW‖/‖W₀‖ in percent, Frobenius norms in effective units"}
