@@ -11,7 +11,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,18 @@ def arguments(doc: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clocks)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
     return parser
+
+
+def add_cases(parser: argparse.ArgumentParser, names: Iterable[str], default: Sequence[str], batch: int = 1) -> None:
+    """The options of programs that measure every network of some at every batch size and rank."""
+    parser.add_argument("--only", nargs="+", choices=names, default=default, help=f"default {' '.join(default)}")
+    parser.add_argument("--batch", nargs="+", type=int, default=[batch])
+    parser.add_argument("--rank", nargs="+", type=int, default=[1])
+
+
+def cases(options: argparse.Namespace) -> Iterable[tuple[str, int, int]]:
+    """(network, batch, rank), in the order of the command line."""
+    return product(options.only, options.batch, options.rank)
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import _common as bench
 from _cases import randomize
 from torch import Tensor, nn
 
@@ -57,6 +58,10 @@ class _Together(nn.Module):
 def _layers(network: nn.Module) -> list[str]:
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return [name for name, module in network.named_modules() if isinstance(module, kinds)]
+
+
+def versions() -> dict[str, str | None]:
+    return {name: bench.version(name) for name in ("peft", "lycoris-lora")}
 
 
 PEERS = {"peft": peft, "locon": locon}

@@ -4,6 +4,9 @@ python benchmarks/compose.py [--device cuda] [--pairs 7]
 
 The two are interleaved, and the factor is the median over rounds of their times' ratio in the same round. Both give
 the same best approximation; the difference of their errors is printed beside it.
+
+Floor. Of factors of rank R on an out × cols matrix, QR of both takes (out + cols)·R² multiplications; the singular
+value decomposition of the sum multiplied out takes out²·cols (out ≤ cols), and R·out·cols to form it.
 """
 
 from __future__ import annotations
@@ -11,9 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 
+import _common as bench
 import torch
 
 from convlora import lowrank
@@ -21,14 +23,6 @@ from convlora.lowrank import Factors
 
 SHAPES = ((512, 4608), (512, 512), (256, 2304), (128, 1152), (3, 512))  # EG3D's 3×3 layers, an affine, a ToRGB
 RANKS = (1, 4, 16)  # of each of the two adapters, and of the result
-
-
-def seconds(action: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    action()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -54,7 +48,9 @@ def main() -> None:
                 "dense": lambda: lowrank.truncated(lowrank.svd(lowrank.dense(both)), rank),  # noqa: B023
             }
             errors = {name: way()[1] for name, way in ways.items()}  # the first call of each is not timed
-            rounds = [{name: seconds(way, options.device) for name, way in ways.items()} for _ in range(options.pairs)]
+            rounds = [
+                {name: bench.seconds(way, options.device) for name, way in ways.items()} for _ in range(options.pairs)
+            ]
             ms = {name: 1000 * statistics.median(r[name] for r in rounds) for name in ways}
             factor = statistics.median(r["dense"] / r["qr"] for r in rounds)
             off = abs(errors["qr"] - errors["dense"]) / errors["dense"]

@@ -31,7 +31,9 @@ from pathlib import Path
 import _common as bench
 import torch
 from _cases import NETWORKS, PLAIN, VARIANTS, step, trainables
-from _peers import PEERS, Refused
+from _peers import PEERS, Refused, versions
+
+from convlora.integrations.eg3d.batches import saved_for_backward
 
 DEFAULT = ("eg3d", "stylegan2-256", "dcgan", "512ch-16", "256ch-32", "128ch-64")
 CASES = PLAIN | NETWORKS
@@ -75,16 +77,7 @@ def peak_of_cuda(action: bench.Action, device: str) -> int:
 def saved(model: torch.nn.Module, x: torch.Tensor) -> int:
     """Bytes that autograd saves in the forward, each tensor's memory once, without those of the model and of x."""
     given = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x)  # keeps all of it alive, so that no address is used twice
-    del output
+    found = saved_for_backward(lambda: model(x))
     return sum(size for address, size in found.items() if address not in given)
 
 
@@ -146,9 +139,7 @@ def table(rows: list[bench.Row]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.arguments(__doc__, rounds=1)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=DEFAULT, help=f"default {' '.join(DEFAULT)}")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--rank", nargs="+", type=int, default=[1])
+    bench.add_cases(parser, CASES, DEFAULT)
     parser.add_argument("--one", nargs=4, metavar=("NETWORK", "VARIANT", "BATCH", "RANK"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     bench.prepare(options)
@@ -156,17 +147,15 @@ def main(argv: list[str] | None = None) -> None:
         name, variant, batch, rank = options.one
         print(json.dumps(measure(name, variant, int(batch), int(rank), options.device)))
         return
-    told = bench.environment(options) | {"peft": bench.version("peft"), "lycoris-lora": bench.version("lycoris-lora")}
+    told = bench.environment(options) | versions()
     bench.heading(told)
     bench.header(COLUMNS)
     rows = []
-    for name in options.only:
+    for name, batch, rank in bench.cases(options):
         variants = [*VARIANTS, *(PEERS if name in PLAIN else ())]
-        for batch in options.batch:
-            for rank in options.rank:
-                found = [elsewhere(options, name, variant, str(batch), str(rank)) for variant in variants]
-                table(found)
-                rows += found
+        found = [elsewhere(options, name, variant, str(batch), str(rank)) for variant in variants]
+        table(found)
+        rows += found
     label = "{network}, batch {batch}, rank {rank}: {variant}"
     bench.write(
         options.out, "memory", told, rows, label, "of_frozen", "peak memory of a step relative to frozen weights"

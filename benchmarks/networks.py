@@ -20,7 +20,6 @@ reads its tensors once. A step far above both spends its time on something else.
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 
 import _common as bench
 from _cases import NETWORKS, VARIANTS, step, trainables
@@ -60,16 +59,13 @@ def measure(name: str, batch: int, rank: int, rounds: int, device: str) -> list[
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.arguments(__doc__, rounds=5)
-    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=DEFAULT, help=f"default {' '.join(DEFAULT)}")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--rank", nargs="+", type=int, default=[1])
+    bench.add_cases(parser, NETWORKS, DEFAULT)
     options = parser.parse_args(argv)
     bench.prepare(options)
     told = bench.environment(options)
     bench.heading(told)
     bench.header(COLUMNS)
-    cases = product(options.only, options.batch, options.rank)
-    rows = [row for case in cases for row in measure(*case, options.rounds, options.device)]
+    rows = [row for case in bench.cases(options) for row in measure(*case, options.rounds, options.device)]
     label = "{network}, batch {batch}, rank {rank}: {variant}"
     bench.write(options.out, "networks", told, rows, label, "of_frozen", "time of a step relative to frozen weights")
 

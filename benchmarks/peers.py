@@ -19,11 +19,10 @@ frozen weights, of the operations that really ran (see `networks.py`).
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 
 import _common as bench
 from _cases import PLAIN, VARIANTS, step, trainables
-from _peers import PEERS, Refused
+from _peers import PEERS, Refused, versions
 
 DEFAULT = ("512ch-16", "256ch-32", "128ch-64", "dcgan")
 COLUMNS = {
@@ -69,17 +68,14 @@ def measure(name: str, batch: int, rank: int, rounds: int, device: str) -> list[
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.arguments(__doc__, rounds=7)
-    parser.add_argument("--only", nargs="+", choices=PLAIN, default=DEFAULT, help=f"default {' '.join(DEFAULT)}")
-    parser.add_argument("--batch", nargs="+", type=int, default=[4])
-    parser.add_argument("--rank", nargs="+", type=int, default=[1])
+    bench.add_cases(parser, PLAIN, DEFAULT, batch=4)
     options = parser.parse_args(argv)
     bench.prepare(options)
-    told = bench.environment(options) | {"peft": bench.version("peft"), "lycoris-lora": bench.version("lycoris-lora")}
+    told = bench.environment(options) | versions()
     bench.heading(told)
     print(f"peft {told['peft']}, lycoris-lora {told['lycoris-lora']}")
     bench.header(COLUMNS)
-    cases = product(options.only, options.batch, options.rank)
-    rows = [row for case in cases for row in measure(*case, options.rounds, options.device)]
+    rows = [row for case in bench.cases(options) for row in measure(*case, options.rounds, options.device)]
     label = "{network}, batch {batch}, rank {rank}: {variant}"
     bench.write(options.out, "peers", told, rows, label, "of_frozen", "time of a step relative to frozen weights")
 

@@ -15,9 +15,6 @@ from convlora.errors import ConvloraError
 RESUMING = ("demo", "personalize", "prepare", "study", "page", *cli_tasks.RESUMING)
 
 
-_TUNE_OPTIONS = ("accumulate", "checkpointing", "precision", "patience")
-
-
 def add_verbs(verbs: Any) -> None:
     """Add `eg3d` and its verbs to the program."""
     eg3d = verbs.add_parser("eg3d", help="personal 3D generators").add_subparsers(required=True, metavar="VERB")
@@ -130,8 +127,10 @@ def _personalize(options: argparse.Namespace) -> None:
 def _settings(defaults: Any, options: argparse.Namespace, **more: Any) -> Any:
     from dataclasses import replace
 
-    names = ("rank", "preset", "anchor_steps", "steps", "batch_size", "seed", *_TUNE_OPTIONS)
-    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    from convlora.integrations.eg3d.pipeline import TUNE_OPTIONS
+
+    names = ("rank", "preset", "anchor_steps", "steps", "batch_size", "seed", *TUNE_OPTIONS)
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(defaults, **given, **more)
 
 

@@ -29,7 +29,11 @@ class LowRankWeight(NamedTuple):
     right: Tensor  # (r, cols)
 
     def dense(self) -> Tensor:
-        return torch.addmm(self.base.flatten(1), self.left, self.right).view_as(self.base)
+        """Added in the factors' precision, in base's memory format."""
+        base, left, right = self
+        if not base.is_contiguous():
+            return (base + (left @ right).view_as(base)).to(base.dtype)
+        return torch.addmm(base.flatten(1).to(left.dtype), left, right).view_as(base).to(base.dtype)
 
 
 class Geometry(NamedTuple):
@@ -115,7 +119,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, base: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, _sum(base, left, right, x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(
+            x, LowRankWeight(base, left, right).dense().to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,7 +132,7 @@ class _Linear(torch.autograd.Function):
         x, base, left, right = ctx.saved_tensors
         need_x, _, need_left, need_right, need_bias = ctx.needs_input_grad
         rows, grad_rows = x.flatten(0, -2), grads[0].flatten(0, -2)
-        grad_x = grads[0] @ _sum(base, left, right, x.dtype) if need_x else None
+        grad_x = grads[0] @ LowRankWeight(base, left, right).dense().to(x.dtype) if need_x else None
         grad_left = (grad_rows.mT @ (rows @ right.to(x.dtype).mT)).to(left.dtype) if need_left else None
         grad_right = ((grad_rows @ left.to(x.dtype)).mT @ rows).to(right.dtype) if need_right else None
         return grad_x, None, grad_left, grad_right, grad_rows.sum(0) if need_bias else None
@@ -147,7 +153,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         if _sums(x, base, geometry):
-            return geometry.convolve(x, _sum(base, left, right, x.dtype), bias)
+            return geometry.convolve(x, LowRankWeight(base, left, right).dense().to(x.dtype), bias)
         y = geometry.convolve(x, base.to(x.dtype), bias)
         near, filters = _typed(left, right, base, x.dtype)
         if geometry.left_on_output:
@@ -166,20 +172,22 @@ class _Convolution(torch.autograd.Function):
         grad_y = grads[0]
         need_x, _, need_left, need_right, need_bias, _ = ctx.needs_input_grad
         near, filters = _typed(left, right, base, x.dtype)
-        groups, sums = geometry.groups, _sums(x, base, geometry)
-        wide, other = (x, grad_y) if geometry.left_on_output else (grad_y, x)
-        h = _narrow(wide, filters, other.shape[2:], geometry)
-        g = _project(other, near, groups)
-        grad_x = None
+        groups, sums, on_output = geometry.groups, _sums(x, base, geometry), geometry.left_on_output
+        wide, other = (x, grad_y) if on_output else (grad_y, x)
+        mixes, widens = (need_x and not sums and side for side in (not on_output, on_output))
+        grad_x: Any = None
+        grad_left = grad_right = None
         if need_x:
-            weight = _sum(base, left, right, x.dtype) if sums else base.to(x.dtype)
-            grad_x = geometry.input_gradient(grad_y, x, weight)
-            if not sums and geometry.left_on_output:
-                grad_x = grad_x + _widen(g, filters, x.shape[2:], geometry)
-            elif not sums:
-                grad_x = _mixed(grad_x, near, h, groups)
-        grad_left = _paired(other, h, groups).to(left.dtype) if need_left else None
-        grad_right = _narrow_gradient(g, wide, filters, geometry).flatten(1).to(right.dtype) if need_right else None
+            weight = LowRankWeight(base, left, right).dense() if sums else base
+            grad_x = geometry.input_gradient(grad_y, x, weight.to(x.dtype))
+        if need_left or mixes:  # x alone may want a gradient: in front of an adapter that does not learn
+            h = _narrow(wide, filters, other.shape[2:], geometry)
+            grad_left = _paired(other, h, groups).to(left.dtype) if need_left else None
+            grad_x = _mixed(grad_x, near, h, groups) if mixes else grad_x
+        if need_right or widens:
+            g = _project(other, near, groups)
+            grad_right = _narrow_gradient(g, wide, filters, geometry).flatten(1).to(right.dtype) if need_right else None
+            grad_x = grad_x + _widen(g, filters, x.shape[2:], geometry) if widens else grad_x
         return grad_x, None, grad_left, grad_right, grad_y.sum((0, *range(2, grad_y.ndim))) if need_bias else None, None
 
 
@@ -190,13 +198,6 @@ def _sums(x: Tensor, base: Tensor, geometry: Geometry) -> bool:
     outputs = base.shape[1] * geometry.groups if geometry.transposed and not geometry.swapped else base.shape[0]
     at_output = positions * outputs * grown if geometry.transposed else positions * outputs // grown
     return at_output + positions * x.shape[1] > _PASSES * base.numel()
-
-
-def _sum(base: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`base + left @ right`, added in the factors' precision, in base's memory format."""
-    if not base.is_contiguous():
-        return (base + (left @ right).view_as(base)).to(dtype)
-    return torch.addmm(base.flatten(1).to(left.dtype), left, right).view_as(base).to(dtype)
 
 
 def _typed(left: Tensor, right: Tensor, base: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -143,3 +143,15 @@ def test_half_precision_and_autocast(name, sums, monkeypatch):
     assert [g.dtype for g in found] == [torch.float32] * 4
     for a, b in zip((y.float(), *found), (expected, *wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_an_adapter_that_does_not_learn_lets_the_gradient_of_its_input_through(name, sums, monkeypatch):
+    monkeypatch.setattr(factored, "_PASSES", 0 if sums else 1e9)
+    base, (x, left, right, bias) = case(KINDS[name])
+    left, right, bias = left.detach(), right.detach(), bias.detach()
+    y = factored.convolve(x, LowRankWeight(base, left, right), bias, KINDS[name])
+    expected = reference(x, base, left, right, bias, KINDS[name])
+    found, wanted = (torch.autograd.grad(out.sin().sum(), x) for out in (y, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)

@@ -15,7 +15,7 @@ from convlora import files
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
-from convlora.integrations.eg3d.batches import Kept, Watch, fit_in_batches, fitting, told
+from convlora.integrations.eg3d.batches import Kept, Watch, fit_in_batches, fitting, saved_for_backward, told
 from convlora.integrations.eg3d.camera_refinement import (
     CameraPrior,
     Refine,
@@ -213,20 +213,11 @@ def _fit(
 
 def bytes_kept(G: TriPlaneGenerator) -> int:
     """What the rendering of one latent keeps for backward, measured with one forward; G's weights stay as they are."""
-    kept: dict[int, int] = {}
-
-    def see(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     weight = next(G.parameters())
     w = weight.new_zeros(1, G.w_dim).requires_grad_()
     front = cameras.frontal(1, **cameras.orbit_of(G.rendering_kwargs), device=weight.device)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        out = reconstruct(G, w, front, deterministic=True)
-    del out
-    return sum(kept.values())
+    with torch.enable_grad():
+        return sum(saved_for_backward(lambda: reconstruct(G, w, front, deterministic=True)).values())
 
 
 def _check_refinement(checkpoint: Path, refine: Refine | None) -> None:

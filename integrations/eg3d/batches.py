@@ -150,6 +150,21 @@ def fitting(each: int, device: torch.device) -> int:
     return most if free is None else max(1, min(most, free // max(1, each)))
 
 
+def saved_for_backward(forward: Callable[[], object]) -> dict[int, int]:
+    """Bytes of each piece of memory, by its address, that autograd saves while `forward` computes."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()  # keeps all of it alive, so that no address is used twice
+    del output
+    return found
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes; None where the system does not tell."""
     if device.type == "cuda":

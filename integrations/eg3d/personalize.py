@@ -161,9 +161,7 @@ def tune(
     groups = [{**group, "params": list(group["params"])} for group in parameters]
     device = next(G.parameters()).device
     cameras = photos.labels if anchors.labels is None else anchors.labels
-    if not 1 <= accumulate <= batch_size:
-        raise ConvloraError(f"accumulate is {accumulate}; a batch of {batch_size} has 1 to {batch_size} parts")
-    micro = math.ceil(batch_size / accumulate)
+    micro = part_of(batch_size, accumulate)
     plateau = None if patience is None else _plateau(held_out, patience, look_every, device)
     images, labels, w = photos.images.to(device), cameras.to(device), anchors.w.to(device)
     masks = None if photos.masks is None else photos.masks.to(device)
@@ -235,6 +233,13 @@ def tune(
                 if over:
                     break
     return history
+
+
+def part_of(batch_size: int, accumulate: int) -> int:
+    """How many photos of a batch are in memory at a time. Raises ConvloraError if it has not so many parts."""
+    if not 1 <= accumulate <= batch_size:
+        raise ConvloraError(f"accumulate is {accumulate}; a batch of {batch_size} has 1 to {batch_size} parts")
+    return math.ceil(batch_size / accumulate)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from convlora.integrations.eg3d.checkpoint import save_generator
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, completed
 from convlora.integrations.eg3d.metrics import IdentityEncoder, described, id_sim, psnr
-from convlora.integrations.eg3d.personalize import Preset, inject_personal, parameter_groups, tune, unfreeze
+from convlora.integrations.eg3d.personalize import Preset, inject_personal, parameter_groups, part_of, tune, unfreeze
 from convlora.integrations.eg3d.precision import Precision
 from convlora.integrations.eg3d.report import Plan, Report, Row, Spread, explore
 from convlora.integrations.eg3d.run_folder import RunFolder
@@ -31,6 +31,7 @@ from convlora.integrations.eg3d.tasks import Hull, make_hull, novel_views
 from convlora.integrations.eg3d.tasks.directions import Direction
 
 PRETRAINED, FULL = "pretrained", "full fine-tuning"
+TUNE_OPTIONS = ("accumulate", "checkpointing", "precision", "patience")  # of Settings: `tune`'s, None its defaults
 _WATCHED = 8  # with patience, one training photo of so many is watched
 
 
@@ -80,8 +81,8 @@ class Evaluation(NamedTuple):
 def check_settings(G: TriPlaneGenerator, settings: Settings) -> None:
     """Raise now what personalising G would raise after minutes of inversion: an unknown preset, an impossible rank."""
     inject_personal(G, settings.rank, settings.preset).remove()
-    if settings.accumulate is not None and not 1 <= settings.accumulate <= settings.batch_size:
-        raise ConvloraError(f"accumulate is {settings.accumulate}; a batch of {settings.batch_size} has fewer parts")
+    if settings.accumulate is not None:
+        part_of(settings.batch_size, settings.accumulate)
 
 
 def personalize_album(
@@ -239,8 +240,7 @@ def _tuned(
 
 def _watching(photos: Photos, anchors: Anchors, settings: Settings) -> tuple[Photos, Anchors, dict[str, Any]]:
     """The photos to tune to, their anchors, and `tune`'s options, among them the photos to watch."""
-    names = ("accumulate", "checkpointing", "precision", "patience")
-    options = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    options = {name: getattr(settings, name) for name in TUNE_OPTIONS if getattr(settings, name) is not None}
     if settings.patience is None:
         return photos, anchors, options
     if len(photos) < 2:

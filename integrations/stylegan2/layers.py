@@ -7,7 +7,7 @@ so an adapter may turn it into a computed property.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ NOISE_MODES = ("random", "const", "none")
 
 def _scaled(weight: Tensor | LowRankWeight, gain: float, dtype: torch.dtype) -> Tensor | LowRankWeight:
     if isinstance(weight, LowRankWeight):
-        return LowRankWeight(weight.base.to(dtype) * gain, weight.left * gain, weight.right)
-    return weight.to(dtype) * gain
+        return LowRankWeight((weight.base * gain).to(dtype), weight.left * gain, weight.right)
+    return (weight * gain).to(dtype)
 
 
 class FullyConnectedLayer(nn.Module):
@@ -64,10 +64,10 @@ class FullyConnectedLayer(nn.Module):
         """The forward with a given weight, which may stay factored."""
         bias = None if self.bias is None else self.bias.to(x.dtype) * self.bias_gain
         weight = _scaled(weight, self.weight_gain, x.dtype)
+        product: Callable[..., Tensor] = linear if isinstance(weight, LowRankWeight) else F.linear
         if self.activation == "linear":
-            return linear(x, weight, bias) if isinstance(weight, LowRankWeight) else F.linear(x, weight, bias)
-        y = linear(x, weight) if isinstance(weight, LowRankWeight) else F.linear(x, weight)
-        return bias_act(y, bias, dim=-1, act=self.activation)
+            return product(x, weight, bias)
+        return bias_act(product(x, weight), bias, dim=-1, act=self.activation)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
@@ -195,7 +195,7 @@ class SynthesisLayer(nn.Module):
             fused_modconv=fused_modconv,
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        owned = not (differentiable(x) or self.bias.requires_grad)
+        owned = not differentiable(x, self.bias)
         return bias_act(x, self.bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp, overwrite=owned)
 
     def extra_repr(self) -> str:

@@ -95,9 +95,9 @@ def bias_act(
     return x.clamp_(-clamp, clamp) if overwrite and not differentiable(x) else x.clamp(-clamp, clamp)
 
 
-def differentiable(x: Tensor) -> bool:
-    """Whether autograd records what is done with x."""
-    return torch.is_grad_enabled() and x.requires_grad
+def differentiable(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with any of them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 # ---- FIR resampling ------------------------------------------------------------------------------------------------
@@ -427,4 +427,4 @@ def modulated_conv2d(
     if noise is None:
         return x
     noise = noise.to(x.dtype)
-    return x + noise if differentiable(x) or noise.requires_grad else x.add_(noise)
+    return x + noise if differentiable(x, noise) else x.add_(noise)
