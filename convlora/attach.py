@@ -228,6 +228,11 @@ def _effective_exact(owner: nn.Module, w0: Tensor, changes: list[Change]) -> Ten
         delta = change.strength * change.delta(matrix)
         total = delta if total is None else total + delta
     assert total is not None
+    if total.ndim > matrix.ndim:
+        raise ConvloraError(
+            f"a {type(owner).__name__} computes with its whole weight, of which there is one for all samples, not "
+            f'{len(total)}: inject the adapter with path="low_rank" for a change per sample'
+        )
     return (w0 + total.view(w0.shape)).to(w0.dtype)
 
 
@@ -245,7 +250,13 @@ def _low_rank_weight(owner: nn.Module, parameter: str) -> LowRankWeight | None:
         rights.append(right.to(w0.dtype))
     if len(low_rank) == 1:
         return LowRankWeight(_effective(owner, w0, others), lefts[0], rights[0])
-    return LowRankWeight(_effective(owner, w0, others), torch.cat(lefts, 1), torch.cat(rights, 0))
+    return LowRankWeight(_effective(owner, w0, others), _beside(lefts, -1), _beside(rights, -2))
+
+
+def _beside(factors: list[Tensor], dim: int) -> Tensor:
+    """Concatenated along the rank; where some have a change per sample, the others are repeated."""
+    samples = torch.broadcast_shapes(*(factor.shape[:-2] for factor in factors))
+    return torch.cat([factor.expand(*samples, *factor.shape[-2:]) for factor in factors], dim)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

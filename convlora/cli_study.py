@@ -18,7 +18,9 @@ _NUMBERS = ("views", "samples", "pairs", "latent_steps", "tune_steps", "project_
 def add_verb(eg3d: Any) -> None:
     """Add `study` to the verbs of `eg3d`."""
     study = eg3d.add_parser("study", help="a table or figure of My3DGen's paper, on procedural people")
-    study.add_argument("names", nargs="+", metavar="NAME", help="T1 … T6, F4, F8, F9, F11, F12, X1, or all")
+    study.add_argument(
+        "names", nargs="+", metavar="NAME", help="T1 … T6, F4, F8, F9, F11, F12, X1 or all (My3DGen), or companions"
+    )
     study.add_argument("--out", type=Path, default=Path("out/studies"), help="folder; models in it are used again")
     study.add_argument("--identities", type=int, metavar="N", help="people (default 9, or all albums)")
     study.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of each (default 3)")
@@ -53,14 +55,15 @@ def _study(options: argparse.Namespace) -> Output:
 
     from convlora.integrations.eg3d.demo import LAB_SETTINGS
     from convlora.integrations.eg3d.pipeline import Settings, environment
-    from convlora.integrations.eg3d.studies import STUDIES, Cohort, Results
+    from convlora.integrations.eg3d.studies import ALL, COMPANIONS, STUDIES, Cohort, Results
     from convlora.integrations.eg3d.studies.effort import LAB, Effort
     from convlora.integrations.eg3d.studies.page import DRAWN, PHOTOGRAPHS, write_page
     from convlora.integrations.eg3d.studies.run import run_studies
 
     drawn = not options.albums
-    names = list(STUDIES) if options.names == ["all"] else options.names
-    if options.names == ["all"]:  # without those that need what only the lab's people have
+    groups = {"all": STUDIES, "companions": COMPANIONS}
+    names = [name for asked in options.names for name in groups.get(asked, [asked])]
+    if "all" in options.names:  # without those that need what only the lab's people have
         people = options.generator == "lab"
         possible = {"X1": people and drawn, "T4": people or options.score}
         names = [name for name in names if possible.get(name, True)]
@@ -83,7 +86,7 @@ def _study(options: argparse.Namespace) -> Output:
     for found in results:
         found.facts = {"data": origin, "command": command, "effort": str(effort), **environment(options.device)}
         written += found.write(options.out)
-    known = [name for name in STUDIES if (options.out / f"{name}.json").is_file()]
+    known = [name for name in ALL if (options.out / f"{name}.json").is_file()]
     page = write_page([Results.read(options.out, name) for name in known], options.out / "studies.html")
     text = "\n\n".join(f"{one.title}\n\n{one.table()}\n\n{one.verdicts()}" for one in results)
     data = {"page": str(page), "files": [str(path) for path in written], "studies": [one.json() for one in results]}

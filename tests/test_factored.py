@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convlora import factored
-from convlora.factored import Geometry, LowRankWeight
+from convlora import geometry as geometries
+from convlora.factored import LowRankWeight
+from convlora.geometry import Geometry
 
 
 @st.composite
@@ -50,7 +52,7 @@ def test_convolutions_and_their_gradients_are_those_of_the_whole_weight(sums, sk
     size, shape, geometry = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factored, "_PASSES", 0 if sums else 1e9)
-        patch.setattr(factored, "_FEW", 1e9 if skinny else 0)
+        patch.setattr(geometries, "_FEW", 1e9 if skinny else 0)
         torch.manual_seed(first)
         outputs = shape[1] * geometry.groups if geometry.transposed and not geometry.swapped else shape[0]
         base = torch.randn(shape).double()
@@ -84,7 +86,7 @@ def case(geometry, rank=2, dtype=torch.float64, side=6):
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_gradients(name, skinny, sums, monkeypatch):
     monkeypatch.setattr(factored, "_PASSES", 0 if sums else 1e9)
-    monkeypatch.setattr(factored, "_FEW", 1e9 if skinny else 0)
+    monkeypatch.setattr(geometries, "_FEW", 1e9 if skinny else 0)
     base, inputs = case(KINDS[name], side=4)
 
     def apply(x, left, right, bias):

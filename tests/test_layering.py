@@ -20,7 +20,9 @@ MAY_IMPORT = {
     "errors": set(),
     "methods": {"errors", "methods"},
     "layers": {"errors", "factored"},
-    "factored": set(),
+    "factored": {"errors", "geometry", "per_sample"},
+    "per_sample": {"errors", "geometry"},
+    "geometry": set(),
 }
 
 

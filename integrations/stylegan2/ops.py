@@ -275,7 +275,7 @@ def _flipped(w: Tensor | LowRankWeight) -> Tensor | LowRankWeight:
     if not isinstance(w, LowRankWeight):
         return w.flip([2, 3])
     base, left, right = w
-    return LowRankWeight(base.flip([2, 3]), left, right.unflatten(1, base.shape[1:]).flip([2, 3]).flatten(1))
+    return LowRankWeight(base.flip([2, 3]), left, right.unflatten(-1, base.shape[1:]).flip([-2, -1]).flatten(-3))
 
 
 def _convolve(
@@ -358,12 +358,12 @@ def _low_rank_energy(weight: LowRankWeight, styles: Tensor) -> Tensor:
     """
     base, left, right = weight
     squares = styles.to(base.dtype).square()
-    filters = squares[:, None, :, None] * right.unflatten(1, (base.shape[1], -1))  # (N, r, in, kh kw)
+    filters = squares[:, None, :, None] * right.unflatten(-1, (base.shape[1], -1))  # (N, r, in, kh kw)
     filters = filters.flatten(2)
     cross = 2 * F.linear(filters, base.flatten(1))  # (N, r, out)
     gram = filters @ right.mT  # (N, r, r)
     frozen = squares @ base.square().sum(dim=(2, 3)).t()
-    return frozen + ((cross + (left @ gram).mT) * left.t()).sum(1)
+    return frozen + ((cross + (left @ gram).mT) * left.mT).sum(1)
 
 
 def prenormalize(weight: Tensor | LowRankWeight, styles: Tensor) -> tuple[Tensor | LowRankWeight, Tensor]:
@@ -371,14 +371,17 @@ def prenormalize(weight: Tensor | LowRankWeight, styles: Tensor) -> tuple[Tensor
     styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
     if isinstance(weight, LowRankWeight):
         with torch.no_grad():  # cancelled, so no gradient either
-            scale = _largest(weight.dense())
+            whole = weight.dense()
+            scale = _largest(whole)
         return LowRankWeight(weight.base / scale, weight.left / scale.flatten(1), weight.right), styles
     return weight / _largest(weight), styles
 
 
 def _largest(weight: Tensor) -> Tensor:
-    """√fan_in times each output's largest weight, (out, 1, 1, 1)."""
-    return math.sqrt(weight[0].numel()) * weight.norm(float("inf"), dim=(1, 2, 3), keepdim=True)
+    """√fan_in times each output's largest weight, over all samples where they differ: (out, 1, 1, 1)."""
+    fan_in = math.prod(weight.shape[-3:])
+    largest = math.sqrt(fan_in) * weight.norm(float("inf"), dim=(-3, -2, -1), keepdim=True)
+    return largest if weight.ndim == 4 else largest.amax(0)
 
 
 def modulated_conv2d(
@@ -399,9 +402,10 @@ def modulated_conv2d(
     x (N, in, H, W) -> (N, out, up H / down, up W / down), plus noise (broadcast over channels).
     fused_modconv=True builds one weight per sample and runs a grouped convolution; False scales x and the result
     around one convolution with the shared weight, which is equal and needs no per-sample weight. So does a
-    LowRankWeight in either case if autograd records: it stays factored, and no gradient has the weight's size.
+    LowRankWeight in either case if autograd records: it stays factored, and no gradient has the weight's size. So
+    does one with a change for each sample (factors with a batch dimension).
     """
-    if isinstance(weight, LowRankWeight) and fused_modconv and not torch.is_grad_enabled():
+    if isinstance(weight, LowRankWeight) and fused_modconv and not (torch.is_grad_enabled() or weight.differs):
         weight = weight.dense()
     if x.dtype == torch.float16 and demodulate:
         weight, styles = prenormalize(weight, styles)
