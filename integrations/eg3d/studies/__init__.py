@@ -1,4 +1,4 @@
-"""The paper's tables and figures, each one function of a cohort of people."""
+"""My3DGen's tables and figures, and those of its companion papers, each one function of a cohort of people."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ STUDIES: dict[str, Study] = {
     "F4": figure_4, "F8": figure_8, "F9": figure_9, "F11": figure_11, "F12": figure_12,
     "X1": occluders,
 }  # fmt: skip
+
+#: What the companion papers claim, on the same people: HyperDreamBooth, PaRa, Block-wise LoRA.
+COMPANIONS: dict[str, Study] = {}
+
+ALL = STUDIES | COMPANIONS

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from convlora.errors import ConvloraError
-from convlora.integrations.eg3d.studies import STUDIES
+from convlora.integrations.eg3d.studies import ALL
 from convlora.integrations.eg3d.studies.cohort import Cohort
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.results import Results
@@ -24,16 +24,16 @@ def run_studies(names: Sequence[str], cohort: Cohort, effort: Effort, jobs: int 
     Raises:
         ConvloraError: an unknown study, jobs below 1 or more than one on an accelerator, a folder with something else.
     """
-    unknown = [name for name in names if name not in STUDIES]
+    unknown = [name for name in names if name not in ALL]
     if unknown:
-        raise ConvloraError(f"no study {', '.join(unknown)}; there are {', '.join(STUDIES)}, or all")
+        raise ConvloraError(f"no study {', '.join(unknown)}; there are {', '.join(ALL)}, all or companions")
     if jobs < 1 or (jobs > 1 and cohort.device != "cpu"):
         raise ConvloraError(f"jobs={jobs} must be at least 1, and 1 on {cohort.device}")
     jobs = min(jobs, cohort.identities)
     with cohort.opened():
         if jobs > 1 and cohort.subjects:  # what is wrong with albums is said before anybody begins
             _side_by_side(names, cohort, effort, jobs)
-        return [STUDIES[name](cohort, effort) for name in names]
+        return [ALL[name](cohort, effort) for name in names]
 
 
 def _side_by_side(names: Sequence[str], cohort: Cohort, effort: Effort, jobs: int) -> None:
@@ -64,7 +64,7 @@ def _start(threads: int) -> None:
 
 def _measure(names: Sequence[str], cohort: Cohort, effort: Effort) -> None:
     for name in names:
-        STUDIES[name](cohort, effort)
+        ALL[name](cohort, effort)
 
 
 def _finished(names: Sequence[str], cohort: Cohort) -> int:
