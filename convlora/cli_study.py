@@ -41,6 +41,12 @@ def add_verb(eg3d: Any) -> None:
     study.add_argument(
         "--score", metavar="MODULE:FUNCTION", help="(images, labels, attribute) -> (N,), for T4 on photographs"
     )
+    study.add_argument(
+        "--known",
+        type=Path,
+        metavar="FOLDER",
+        help="results of the same settings: people in them are not measured again",
+    )
     study.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
     study.add_argument("--quiet", action="store_true", help="no progress bars")
     study.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -77,14 +83,15 @@ def _study(options: argparse.Namespace) -> Output:
     cohort = Cohort(
         options.out, options.identities or len(albums) or 9, options.seeds, options.photos, options.largest,
         options.tests, settings, options.device, not options.quiet, options.generator, albums, options.perceptual,
-        options.identity, None if options.score is None else _function(options.score),
+        options.identity, None if options.score is None else _function(options.score), options.known,
     )  # fmt: skip
     command = shlex.join(["convlora", *sys.argv[1:]])
     origin = DRAWN if drawn else PHOTOGRAPHS
     written = []
     results = run_studies(names, cohort, effort, options.jobs)
     for found in results:
-        found.facts = {"data": origin, "command": command, "effort": str(effort), **environment(options.device)}
+        made = {"command": command, "effort": str(effort), "settings": cohort.record}
+        found.facts = {"data": origin, **made, **environment(options.device)}
         written += found.write(options.out)
     known = [name for name in ALL if (options.out / f"{name}.json").is_file()]
     page = write_page([Results.read(options.out, name) for name in known], options.out / "studies.html")

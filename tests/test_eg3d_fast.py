@@ -9,6 +9,7 @@ import torch
 from test_eg3d_generator import FIXED, inputs, tiny
 from tiny import tiny_generator, tiny_photos
 
+import convlora
 from convlora.cli import main
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations import eg3d
@@ -16,9 +17,10 @@ from convlora.integrations.eg3d import cameras, renderer
 from convlora.integrations.eg3d.anchors import Anchors, bytes_kept, find_anchors
 from convlora.integrations.eg3d.batches import fitting, free_memory
 from convlora.integrations.eg3d.losses import photo_loss, reconstruct
-from convlora.integrations.eg3d.personalize import inject_personal, parameter_groups, tune
+from convlora.integrations.eg3d.personalize import TARGETS, inject_personal, parameter_groups, tune
 from convlora.integrations.eg3d.pipeline import Settings, _watching, check_settings
 from convlora.integrations.eg3d.precision import computing_in
+from convlora.integrations.eg3d.prefix import constant_blocks, constant_prefix
 
 
 def rays(n=2, side=5, dtype=torch.float32):
@@ -353,3 +355,51 @@ def test_a_batch_fits_the_free_memory(monkeypatch):
     small, large = tiny_generator(), tiny_generator()
     large.neural_rendering_resolution = 32
     assert bytes_kept(large) > 1.3 * bytes_kept(small) > 10**6
+
+
+# ---- what is constant while weights are tuned ----------------------------------------------------------------------
+
+
+def block_wise(ranks: dict[str, int]) -> tuple[eg3d.TriPlaneGenerator, convlora.Adapter]:
+    G = tiny_generator()
+    torch.manual_seed(3)
+    return G, convlora.inject_lora(G, 1, targets=list(TARGETS), ranks=ranks, train=["decoder"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "blocks"),
+    [({}, 0), ({"backbone.synthesis.b4.*": 0, "backbone.synthesis.b8.*": 0}, 2), ({"backbone.*": 0}, 3)],
+)
+def test_blocks_in_front_of_the_first_tuned_one_run_once_per_photo(ranks, blocks, monkeypatch):
+    photos = tiny_photos(3)
+    anchors = Anchors(torch.randn(3, 8), photos.names, torch.zeros(3))
+    found = []
+    for kept in (True, False):
+        G, adapter = block_wise(ranks)
+        tuned = list(adapter.parameters())
+        assert constant_blocks(G, tuned) == blocks
+        if not kept:
+            monkeypatch.setitem(tune.__globals__, "constant_prefix", lambda *_: None)
+        runs: list[int] = []
+        G.backbone.synthesis.b4.register_forward_hook(lambda *call, runs=runs: runs.append(len(call[2][0])))
+        groups = parameter_groups(adapter, 0.01, 0.01)
+        history = tune(G, photos, anchors, groups, steps=10, batch_size=2, progress=False)
+        assert sum(runs) == (3 if kept and blocks else 20)
+        found.append([loss for _, loss in history] + [p.detach() for p in tuned])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_little_memory_keeps_fewer_constant_blocks(monkeypatch):
+    G, adapter = block_wise({"backbone.*": 0})
+    after = constant_prefix(G, torch.randn(5, 8), adapter.parameters(), 2)
+    assert after.blocks == 3 and after.x.shape[0] == after.img.shape[0] == 5
+    ws = torch.randn(1, G.num_ws, G.w_dim)
+    begun = G.backbone.synthesis.advance(ws, 2, noise_mode="const")
+    whole = G.backbone.synthesis(ws, noise_mode="const")
+    assert torch.equal(G.backbone.synthesis(ws, begun, noise_mode="const"), whole)
+    bytes_of = lambda state: (state.x.numel() + state.img.numel()) * 4  # noqa: E731
+    monkeypatch.setattr("convlora.integrations.eg3d.prefix.free_memory", lambda _: 4 * 5 * bytes_of(begun))
+    assert constant_prefix(G, torch.randn(5, 8), adapter.parameters(), 2).blocks == 2
+    monkeypatch.setattr("convlora.integrations.eg3d.prefix.free_memory", lambda _: 0)
+    assert constant_prefix(G, torch.randn(5, 8), adapter.parameters(), 2) is None

@@ -127,6 +127,27 @@ def test_what_was_measured_of_a_person_is_kept_unless_the_effort_differs(tmp_pat
     assert measure(Effort(views=3))[0] == ["A B", "C"]
 
 
+def test_people_in_published_results_are_not_measured_again_unless_settings_differ(tmp_path, monkeypatch) -> None:
+    people = [Subject(name, 0, None, None, torch.empty(0)) for name in ("A B", "C")]  # type: ignore[arg-type]
+    monkeypatch.setattr(Cohort, "subjects", people)
+    before = Results("T0", "A study", {"score": "higher is better"})
+    before.add("A", "score", "A B", 0, {"a": 0.25})
+    before.facts = {"data": DRAWN, "effort": str(Effort()), "settings": Cohort(tmp_path).record}
+    before.write(tmp_path / "published")
+
+    def measured(**settings) -> tuple[list[str], list[float]]:
+        cohort = Cohort(tmp_path / "out", 2, 1, known=tmp_path / "published", **settings)
+        found, asked = Results("T0", "A study", {"score": "higher is better"}), []
+        for subject in cohort.measuring(found, Effort()):
+            asked.append(subject.name)
+            found.add("A", "score", *subject.who, {"a": 0.5})
+        return asked, [value.value for value in found.values]
+
+    assert measured() == (["C"], [0.25, 0.5])
+    with pytest.raises(ConvloraError, match="holds study T0 of other settings"):
+        measured(photos=7)
+
+
 def test_cohorts_and_names_that_cannot_be_are_refused(tmp_path, capsys) -> None:
     with pytest.raises(ConvloraError, match="largest=3"):
         Cohort(tmp_path, photos=4, largest=3)

@@ -24,7 +24,7 @@ from convlora.integrations.eg3d.renderer import (
     draw_samples,
 )
 from convlora.integrations.eg3d.superresolution import Superresolution
-from convlora.integrations.stylegan2.generator import Generator
+from convlora.integrations.stylegan2.generator import Begun, Generator
 from convlora.integrations.stylegan2.layers import FullyConnectedLayer
 from convlora.integrations.stylegan2.ops import differentiable
 
@@ -216,14 +216,16 @@ class TriPlaneGenerator(nn.Module):
         deterministic: bool = False,
         planes: Tensor | None = None,
         samples: Samples | None = None,
+        begun: Begun | None = None,
         checkpointing: bool = False,
         **block_kwargs: Any,
     ) -> dict[str, Tensor]:
         """image (N, 3, img_resolution^2), image_raw (N, 3, R, R) and image_depth (N, 1, R, R); R is stored if given.
 
         ws (N, num_ws, w_dim), c (N, 25). noise_mode ('random', 'const', 'none') is the backbone's; deterministic=True
-        fixes the renderer's samples, and samples gives them. planes reuses the result of planes(ws). checkpointing=True
-        keeps nothing inside backbone, renderer and super-resolution for backward, which computes each once more.
+        fixes the renderer's samples, and samples gives them. planes reuses the result of planes(ws), and begun that
+        of the backbone's first blocks, `backbone.synthesis.advance(ws, blocks)`. checkpointing=True keeps nothing
+        inside backbone, renderer and super-resolution for backward, which computes each once more.
         block_kwargs: fused_modconv, force_fp32.
         """
         if neural_rendering_resolution is None:
@@ -235,7 +237,7 @@ class TriPlaneGenerator(nn.Module):
         if planes is None and use_cached_backbone:
             planes = self._last_planes
         if planes is None:
-            planes = part(self.planes, ws, noise_mode=noise_mode, **block_kwargs)
+            planes = part(self.planes, ws, noise_mode=noise_mode, begun=begun, **block_kwargs)
         if cache_backbone:
             self._last_planes = planes
         rendering = part(self.render, planes, c, side, deterministic, samples)

@@ -23,6 +23,7 @@ from convlora.integrations.eg3d.batches import EVERY, diverged
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.losses import Perceptual, photo_loss, reconstruct
 from convlora.integrations.eg3d.precision import Precision, computing_in
+from convlora.integrations.eg3d.prefix import constant_prefix
 
 Preset = Literal["true_rank", "paper", "official_code"]
 
@@ -129,12 +130,14 @@ def tune(
     held_out: tuple[Photos, Anchors] | None = None,
     patience: int | None = None,
     look_every: int = 50,
+    adapter: Adapter | None = None,
 ) -> list[tuple[int, float]]:
     """Optimise `parameters` (Adam's groups) so that each anchor renders its photo; returns (step, loss) history.
 
     The loss is equation 1 on image_raw and image, over the pixels that the photos' masks allow, with the cameras
     that the anchors were refined to, if they were; Adam has betas (0, 0.992) as My3DGen's code has them, with a
-    cosine decay to a tenth; gradients' NaN become 0. Photos come in a fresh random order every pass. Random draws
+    cosine decay to a tenth; gradients' NaN become 0. Blocks in front of the first tuned one run once per photo
+    (`constant_prefix`). Photos come in a fresh random order every pass. Random draws
     depend on `seed` and the step alone, so a run resumed from `checkpoint` ends where an uninterrupted one does.
 
     Args:
@@ -147,6 +150,8 @@ def tune(
             every `look_every` steps (a multiple of 10), and take the weights of the last look that lowered it. The
             learning rate decays as if all `steps` were taken. A look costs a forward of every held-out photo, without
             randomness.
+        adapter: the one that `parameters` are of, where its method does something on a schedule: its `step()` is
+            called after every step of the optimiser, and its buffers (PaRa's warm-up) are kept with the parameters.
 
     Raises:
         ConvloraError: anchors of other photos; or a loss or weight that is not finite, naming step and photos. Losses
@@ -169,12 +174,16 @@ def tune(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: 0.55 + 0.45 * math.cos(math.pi * min(1.0, s / steps))
     )
-    tuned = [p for group in groups for p in group["params"]]
+    tuned: list[Tensor] = [p for group in groups for p in group["params"]]
+    if adapter is not None:
+        tuned += [buffer for change in adapter.layers.values() for buffer in change.buffers()]
     history: list[tuple[int, float]] = []
     first = 0
     if checkpoint is not None and Path(checkpoint).is_file():
         first, history = _resume(Path(checkpoint), tuned, optimizer, scheduler, steps, plateau)
     order = _order(len(photos), steps * batch_size, seed)
+    with computing_in(precision, device):
+        begun = constant_prefix(G, w, tuned, micro)
     saved = time.monotonic()
     recent: list[Tensor] = []  # (batch_size,) losses each, which stay on the device until a line of history is due
     good, good_step = [p.detach().clone() for p in tuned], first
@@ -191,7 +200,7 @@ def tune(
                 with computing_in(precision, device):
                     out = reconstruct(
                         G, w[rows], labels[rows], samples=samples.part(slice(start, start + micro)),
-                        checkpointing=checkpointing,
+                        begun=None if begun is None else begun.rows(rows), checkpointing=checkpointing,
                     )  # fmt: skip
                     mask = None if masks is None else masks[rows]
                     each = photo_loss(out, images[rows], perceptual, perceptual_weight, mask)
@@ -201,6 +210,8 @@ def tune(
                 if p.grad is not None:
                     torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
             optimizer.step()
+            if adapter is not None:
+                adapter.step()
             scheduler.step()
             bar.update()
             recent.append(torch.cat(parts))
@@ -254,7 +265,7 @@ class _Plateau:
     lowest: float = math.inf
     since: int = 0
 
-    def over(self, loss: float, tuned: list[nn.Parameter]) -> bool:
+    def over(self, loss: float, tuned: list[Tensor]) -> bool:
         """Note the loss of a look; whether it was the last one worth taking."""
         if loss < self.lowest * (1 - _BETTER) or not self.best:
             self.best, self.lowest, self.since = [p.detach().clone() for p in tuned], loss, 0
@@ -265,7 +276,7 @@ class _Plateau:
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "lowest": self.lowest, "since": self.since}
 
-    def load(self, state: Mapping[str, Any], tuned: list[nn.Parameter]) -> None:
+    def load(self, state: Mapping[str, Any], tuned: list[Tensor]) -> None:
         self.best = [value.to(p.device) for value, p in zip(state["best"], tuned)]
         self.lowest, self.since = float(state["lowest"]), int(state["since"])
 
@@ -301,7 +312,7 @@ def _all_finite(*tensors: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _put(into: list[nn.Parameter] | list[Tensor], values: list[Tensor] | list[nn.Parameter]) -> None:
+def _put(into: list[Tensor], values: list[Tensor]) -> None:
     for tensor, value in zip(into, values, strict=True):
         tensor.copy_(value)
 
@@ -327,7 +338,7 @@ def _order(count: int, draws: int, seed: int) -> Tensor:
 
 def _save(
     path: Path,
-    tuned: list[nn.Parameter],
+    tuned: list[Tensor],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     step: int,
@@ -346,7 +357,7 @@ def _save(
 
 def _resume(
     path: Path,
-    tuned: list[nn.Parameter],
+    tuned: list[Tensor],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     steps: int,

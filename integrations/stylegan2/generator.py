@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,19 @@ class SynthesisBlock(nn.Module):
         return x, img
 
 
+class Begun(NamedTuple):
+    """A synthesis between two blocks: how many have run, and what they hand on."""
+
+    blocks: int = 0
+    x: Tensor | None = None  # (N, channels, R, R)
+    img: Tensor | None = None  # (N, img_channels, R, R); None too where only the last block draws
+
+    def rows(self, which: Tensor | slice) -> Begun:
+        """The state of these samples."""
+        x, img = (None if part is None else part[which] for part in (self.x, self.img))
+        return Begun(self.blocks, x, img)
+
+
 class SynthesisNetwork(nn.Module):
     """ws (N, num_ws, w_dim) to an image (N, img_channels, img_resolution, img_resolution)."""
 
@@ -283,21 +296,29 @@ class SynthesisNetwork(nn.Module):
             in_channels = out_channels
         self.num_ws += block.num_torgb
 
-    def forward(self, ws: Tensor, **block_kwargs: Any) -> Tensor:
-        """noise_mode: 'random' (default), 'const' or 'none'; fused_modconv, force_fp32 as in SynthesisBlock."""
+    def forward(self, ws: Tensor, begun: Begun | None = None, **block_kwargs: Any) -> Tensor:
+        """noise_mode: 'random' (default), 'const' or 'none'; fused_modconv, force_fp32 as in SynthesisBlock.
+
+        begun: what `advance` returned for these ws, to go on from.
+        """
+        img = self.advance(ws, len(self.block_resolutions), begun, **block_kwargs).img
+        assert img is not None  # the last block always has a ToRGB
+        return img
+
+    def advance(self, ws: Tensor, blocks: int, begun: Begun | None = None, **block_kwargs: Any) -> Begun:
+        """Run up to the first `blocks` blocks; where their weights and ws stay the same, so does the result."""
         if ws.ndim != 3 or tuple(ws.shape[1:]) != (self.num_ws, self.w_dim):
             raise ConvloraError(f"ws must have shape (N, {self.num_ws}, {self.w_dim}), got {tuple(ws.shape)}")
         ws = ws.to(self.b4.const.dtype)
-        x: Tensor | None = None
-        img: Tensor | None = None
+        done, x, img = begun or Begun()
         first = 0
-        for resolution in self.block_resolutions:
+        for index, resolution in enumerate(self.block_resolutions[:blocks]):
             block = getattr(self, f"b{resolution}")
-            # ToRGB shares its vector with conv0 of the next block: the cursor moves on by the convs alone
-            x, img = block(x, img, ws[:, first : first + block.num_conv + block.num_torgb], **block_kwargs)
+            if index >= done:
+                # ToRGB shares its vector with conv0 of the next block: the cursor moves on by the convs alone
+                x, img = block(x, img, ws[:, first : first + block.num_conv + block.num_torgb], **block_kwargs)
             first += block.num_conv
-        assert img is not None  # the last block always has a ToRGB
-        return img
+        return Begun(max(done, blocks), x, img)
 
 
 class Generator(nn.Module):

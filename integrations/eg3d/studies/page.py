@@ -74,8 +74,9 @@ def _section(results: Results, judged: Judged, folder: Path) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in [meaning, *results.notes])
     people = len({value.person for value in results.values})
     listed = f"<ul>{''.join(claims)}</ul>" if claims else ""
-    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in results.facts.items())
+    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in results.facts.items())
     plot = _picture(folder / f"{results.name}.png", f"{results.title}: means and intervals")
+    plot = _picture(folder / f"{results.name}_masks.png", f"{results.title}: means over combinations") + plot
     examples = _picture(folder / f"{results.name}_pictures.webp", f"{results.title}: pictures of one person")
     return f"""<section id="{escape(results.name)}"><h2>{escape(results.title)}</h2>
 <p>{people} people, {len(results.values):,} values.</p>

@@ -58,7 +58,7 @@ class Results:
     values: list[Value] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     axis: str | None = None  # a name that items end with, before a number: results are drawn as curves over it
-    facts: dict[str, str] = field(default_factory=dict)  # how it was made: command, date, device, …
+    facts: dict[str, Any] = field(default_factory=dict)  # how it was made: command, settings, date, device, …
 
     def add(self, model: str, metric: str, person: str, seed: int, values: Mapping[str, float]) -> None:
         if metric not in self.metrics:
