@@ -24,7 +24,7 @@ def add_verb(verbs: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> Output:
-    from convlora.cli_eg3d import prepare_device
+    from convlora.cli_device import prepare_device
     from convlora.errors import ConvloraError
 
     if options.photos < 3 or options.steps < 1:

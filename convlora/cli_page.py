@@ -29,7 +29,7 @@ def add_verb(eg3d: Any) -> None:
 
 
 def _page(options: argparse.Namespace) -> Output:
-    from convlora.cli_eg3d import prepare_device
+    from convlora.cli_device import prepare_device
     from convlora.errors import ConvloraError
     from convlora.integrations.eg3d.report import write_report
     from convlora.integrations.eg3d.report.content import LONGEST

@@ -55,7 +55,7 @@ def _prepare(options: argparse.Namespace) -> Output:
             detector = YuNet(options.detector)
         identity = None
         if options.identity:
-            from convlora.cli_eg3d import prepare_device
+            from convlora.cli_device import prepare_device
             from convlora.integrations.eg3d.metrics import load_identity
 
             prepare_device(options.device)

@@ -54,7 +54,7 @@ def add_verb(eg3d: Any) -> None:
 
 
 def _study(options: argparse.Namespace) -> Output:
-    from convlora.cli_eg3d import prepare_device
+    from convlora.cli_device import prepare_device
 
     prepare_device(options.device)
     from dataclasses import replace

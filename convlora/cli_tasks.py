@@ -119,7 +119,7 @@ def _projection(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(options: argparse.Namespace) -> Any:
-    from convlora.cli_eg3d import prepare_device
+    from convlora.cli_device import prepare_device
     from convlora.integrations.eg3d.personal import load_personal
 
     prepare_device(options.device)
