@@ -22,6 +22,7 @@ from convlora.layers import LowRankForward, Slot, as_matrix, own_class
 from convlora.methods.change import Change, LowRankChange, settled
 
 CONTAINER = "convlora"  # the submodule that holds a module's changes
+_ROUTES = "_convlora_routes"  # in the owner's __dict__: {(parameter, adapter): low-rank forward} that changes brought
 _MERGED = "_convlora_merged"  # in the owner's __dict__: what merging put aside, newest last
 
 
@@ -52,7 +53,9 @@ def attach(slot: Slot, adapter: str, change: Change, low_rank: LowRankForward | 
     change.strength = change.strength.to(slot.tensor.device)
     change.train(owner.training)
     named[adapter] = change
-    _set_class(owner, None if low_rank is None else (low_rank, parameter))
+    if low_rank is not None:
+        owner.__dict__.setdefault(_ROUTES, {})[parameter, adapter] = low_rank
+    _set_class(owner)
 
 
 def detach(slot: Slot, adapter: str) -> Change:
@@ -65,7 +68,11 @@ def detach(slot: Slot, adapter: str) -> Change:
         del container[parameter]
     if not len(container):
         del owner._modules[CONTAINER]
-    _set_class(owner, None)
+    routes: _Routes = owner.__dict__.get(_ROUTES, {})
+    routes.pop((parameter, adapter), None)
+    if not routes:
+        owner.__dict__.pop(_ROUTES, None)
+    _set_class(owner)
     return change
 
 
@@ -81,8 +88,7 @@ def merge(slot: Slot, adapter: str, keep: bool = True) -> None:
     """Replace the frozen tensor by the effective one of this change alone; `keep` remembers how to undo it."""
     owner, parameter = slot
     original = cast(nn.Parameter, slot.tensor)
-    route = _route_of(owner)
-    low_rank = route[0] if route is not None and route[1] == parameter else None
+    low_rank = owner.__dict__.get(_ROUTES, {}).get((parameter, adapter))
     change = find_change(slot, adapter)
     assert change is not None
     names = [name for name, _ in _changes(owner, parameter)]
@@ -160,15 +166,23 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 #: A low-rank forward and the parameter whose changes it computes with.
 _Route: TypeAlias = "tuple[LowRankForward, str]"
+_Routes: TypeAlias = "dict[tuple[str, str], LowRankForward]"
 
 
-def _set_class(owner: nn.Module, route: _Route | None) -> None:
+def _set_class(owner: nn.Module) -> None:
     container = owner._modules.get(CONTAINER)
     if container is None:
         owner.__class__ = own_class(owner)
-    else:
-        parameters = tuple(cast(Changes, container))
-        owner.__class__ = _adapted_class(cast(Any, own_class(owner)), parameters, route or _route_of(owner))
+        return
+    routes: _Routes = owner.__dict__.get(_ROUTES, {})
+    route = next(((low_rank, parameter) for (parameter, _), low_rank in routes.items()), None)
+    owner.__class__ = _adapted_class(cast(Any, own_class(owner)), tuple(cast(Changes, container)), route)
+
+
+def low_rank_by(slot: Slot) -> str | None:
+    """The adapter that brought the low-rank forward which all low-rank changes of this tensor compute with."""
+    routes: _Routes = slot.owner.__dict__.get(_ROUTES, {})
+    return next((adapter for parameter, adapter in routes if parameter == slot.parameter), None)
 
 
 def _route_of(owner: nn.Module) -> _Route | None:

@@ -136,7 +136,7 @@ def _inspect(options: argparse.Namespace) -> Output:
     from convlora import files
 
     tensors, metadata = files.read(options.file)
-    record = files.record_of(options.file, metadata)
+    record = files.record_of(options.file, metadata, tensors)
     size = options.file.stat().st_size
     texts = {key: metadata[key] for key in sorted(set(metadata) - {"options", "ranks", "trained", "buffers", "format"})}
     lines = [f"{options.file}: {record.method} adapter, {size:,} bytes"]
@@ -272,7 +272,8 @@ def _pull(options: argparse.Namespace) -> Output:
 
     _check_free(options.out, options.force)
     cached = hub.pull(options.repo, options.filename, revision=options.revision, endpoint=options.endpoint)
-    record = files.record_of(cached, files.read(cached)[1])
+    tensors, metadata = files.read(cached)
+    record = files.record_of(cached, metadata, tensors)
     with files.replacing(options.out) as temporary:
         shutil.copyfile(cached, temporary)
     size = options.out.stat().st_size

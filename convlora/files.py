@@ -6,8 +6,10 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def metadata_of(record: Record, extra: Mapping[str, str]) -> dict[str, str]:
         "format_version": FORMAT_VERSION,
         "method": record.method,
         "options": _compact(record.options),
-        "ranks": _compact(record.ranks),
+        "ranks": _compact(_grouped(record.ranks)),
         "trained": _compact(record.trained),
         "buffers": _compact(record.buffers),
         "base_fingerprint": record.base_fingerprint,
@@ -135,8 +137,19 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))  # a rank-1 adapter is small enough for spaces to count
 
 
-def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") -> Record:
-    """The record that a file's metadata describes, checked, under the adapter's name on the model."""
+def _grouped(ranks: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """The commonest pair once, as "*" with the number of its layers, whose names are the tensors'; then the others."""
+    if not ranks:
+        return {}
+    common, count = Counter(ranks.values()).most_common(1)[0]
+    return {"*": (*common, count), **{layer: pair for layer, pair in ranks.items() if pair != common}}
+
+
+def record_of(path: Path, metadata: Mapping[str, str], keys: Iterable[str], name: str = "default") -> Record:
+    """The record that a file's metadata and its tensors' keys describe, checked, under the adapter's name on the model.
+
+    Layers are in the order of their names, b8 before b16, which need not be the model's.
+    """
     if metadata.get("format") != "convlora":
         raise FileError(f"{path} is no convlora adapter (metadata format={metadata.get('format')!r})")
     if metadata.get("format_version") != FORMAT_VERSION:
@@ -145,7 +158,7 @@ def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") ->
             f"{FORMAT_VERSION!r}: pip install --upgrade convlora"
         )
     try:
-        ranks = {layer: _ranks_of(layer, pair) for layer, pair in _json(metadata, "ranks", dict).items()}
+        ranks = _ungrouped(_json(metadata, "ranks", dict), keys)
         trained, buffers = _names(metadata, "trained"), _names(metadata, "buffers")
         strengths = {name: float(value) for name, value in _json(metadata, "strengths", dict).items()}
         if foreign := sorted(set(strengths) - {*ranks, *trained}):
@@ -166,6 +179,26 @@ def record_of(path: Path, metadata: Mapping[str, str], name: str = "default") ->
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{path}: damaged adapter metadata ({type(error).__name__}: {error})") from None
+
+
+def _ungrouped(told: dict[str, Any], keys: Iterable[str]) -> dict[str, tuple[int, int]]:
+    common = told.pop("*", None)
+    ranks = {layer: _ranks_of(layer, pair) for layer, pair in told.items()}
+    if common is None:
+        return ranks
+    if not isinstance(common, list) or len(common) != 3:
+        raise ValueError(f'the ranks of "*" must be [nominal rank, inner size, number of layers], not {common!r}')
+    layers = {key.rpartition("/")[0] for key in keys if not key.startswith("train/")} - set(ranks)
+    if len(layers) != common[2]:
+        found = ", ".join(sorted(layers, key=_counting)) or "none"
+        raise ValueError(f"of {common[2]} layers of common rank there are tensors of {len(layers)}: {found}")
+    ranks |= dict.fromkeys(layers, _ranks_of("*", common[:2]))
+    return {layer: ranks[layer] for layer in sorted(ranks, key=_counting)}
+
+
+def _counting(name: str) -> list[tuple[int, str]]:
+    """Sorts names with their numbers as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _json(metadata: Mapping[str, str], field: str, kind: type) -> Any:

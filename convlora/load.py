@@ -11,6 +11,7 @@ from torch import nn
 
 from convlora import files
 from convlora.adapter import Adapter
+from convlora.attach import base_modules
 from convlora.errors import ConvloraError, FileError, HubError, RankError
 from convlora.fingerprint import difference, fingerprint
 from convlora.hub import ADAPTER, pull
@@ -61,7 +62,8 @@ def load_adapter(
         )
     path = Path(path)
     tensors, metadata = files.read(path)
-    record = files.record_of(path, metadata, name)
+    record = files.record_of(path, metadata, tensors, name)
+    record.ranks = _in_model_order(model, record.ranks)
     check_name(model, name)
     differs = difference(record.base_fingerprint, actual := fingerprint(model))
     if differs and check_base:
@@ -97,6 +99,12 @@ def check_ranks(model: nn.Module, record: Record, tensors: Mapping[str, torch.Te
         limit = max(largest.get(layer, 0), *as_matrix(slot.tensor, slot.owner).shape)
         if max(ranks) > limit:
             raise RankError(f"layer {layer!r}: rank {max(ranks)} is above {limit}, its largest dimension")
+
+
+def _in_model_order(model: nn.Module, ranks: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Layers that the model does not have stay, at the end: they are what an error will name."""
+    known = {name: ranks[name] for name, _ in base_modules(model) if name in ranks}
+    return {**known, **ranks}
 
 
 @contextlib.contextmanager

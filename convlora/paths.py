@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, cast
 from torch import nn
 
 from convlora.adapter import Adapter
+from convlora.attach import low_rank_by
 from convlora.errors import ConvloraError
 from convlora.layers import LowRankForward, low_rank_forward
 from convlora.methods import Change, LowRankChange
@@ -53,6 +54,9 @@ def explain(model: nn.Module) -> list[LayerPath]:
             inner, slot = adapter.record.ranks[layer][1], adapter.record.slot(model, layer)
             path = cast(Path, adapter.options["path"])
             forward, reason = _choose(model.get_submodule(layer), change, inner, slot.shape, path)
+            by = low_rank_by(slot)
+            if forward is None and by is not None and isinstance(change, LowRankChange):
+                forward, reason = low_rank_forward(slot.owner), f"the layer is on the low-rank path of adapter {by!r}"
             rows.append(LayerPath(layer, name, "weight" if forward is None else "low_rank", reason))
     if not rows:
         raise ConvloraError(f"{type(model).__name__} has no adapted layer; convlora.inject_lora puts an adapter on it")

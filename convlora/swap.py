@@ -30,7 +30,7 @@ def swap(adapter: Adapter, source: str | Path | Mapping[str, Tensor]) -> None:
         state, whose = dict(source), f"adapter {adapter.name!r}, swapping in tensors"
     else:
         state, metadata = files.read(Path(source))
-        other, whose = files.record_of(Path(source), metadata, adapter.name), str(source)
+        other, whose = files.record_of(Path(source), metadata, state, adapter.name), str(source)
         _refuse_another_kind(adapter.record, other, whose)
     own = adapter.state_dict()
     filled = _filled(adapter, own, state, whose)

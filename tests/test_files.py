@@ -11,7 +11,10 @@ from safetensors import safe_open
 from torch import nn
 
 import convlora
+from convlora import files
 from convlora.errors import FileError
+from convlora.integrations import eg3d
+from convlora.integrations.eg3d.personalize import TARGETS
 
 
 def make() -> nn.Sequential:
@@ -46,7 +49,7 @@ def test_the_file_is_safetensors_with_documented_names(saved):
     assert keys == {"0/A", "0/B", "0/scale", "2/A", "2/B", "2/scale", "train/3.weight", "train/3.bias",
                     "train/3.running_mean", "train/3.running_var", "train/3.num_batches_tracked"}  # fmt: skip
     assert metadata["format"] == "convlora" and metadata["format_version"] == "1" and metadata["method"] == "lora"
-    assert json.loads(metadata["ranks"]) == {"0": [2, 2], "2": [1, 1]}
+    assert json.loads(metadata["ranks"]) == {"*": [2, 2, 1], "2": [1, 1]}
     assert metadata["person"] == "lab person A" and metadata["library_version"] == convlora.__version__
 
 
@@ -120,3 +123,29 @@ def test_metadata_of_convlora_cannot_be_overwritten(saved, tmp_path):
         adapter.save(tmp_path / "x.safetensors", method="mine")
     with pytest.raises(FileError, match="is a folder"):
         adapter.save(tmp_path)
+
+
+def test_ranks_are_told_once_and_files_that_name_every_layer_are_read(tmp_path):
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(12)))
+    adapter = convlora.inject_lora(model, targets=[str(i) for i in range(11)], ranks={"3": 2}, train=["11"])
+    path = adapter.save(tmp_path / "a.safetensors")
+    tensors, metadata = files.read(path)
+    assert json.loads(metadata["ranks"]) == {"*": [1, 1, 10], "3": [2, 2]}
+    named = adapter.record.ranks
+    assert list(named) == [str(i) for i in range(11)]
+    old = files.write(tmp_path / "old.safetensors", tensors, metadata | {"ranks": json.dumps(named)})
+    for file in (path, old):
+        found = files.record_of(file, files.read(file)[1], tensors)
+        assert found.ranks == named and list(found.ranks) == list(named)
+        twin = nn.Sequential(*(nn.Linear(5, 5) for _ in range(12)))
+        twin.load_state_dict({k: v for k, v in model.state_dict().items() if "convlora" not in k})
+        assert convlora.load_adapter(twin, file).record.ranks == named
+
+
+def test_a_lidb_adapter_of_the_full_size_eg3d_is_below_32_kb(tmp_path):
+    """7,688 numbers in float16 and what tells whose they are."""
+    G = eg3d.TriPlaneGenerator(**eg3d.CONFIGS["ffhq512-128"])
+    adapter = convlora.inject(G, "lidb", targets=list(TARGETS))
+    assert adapter.num_parameters == 7688
+    path = adapter.save(tmp_path / "ada.safetensors", torch.float16, person="Ada Lovelace", consent="given, 2026-11-29")
+    assert path.stat().st_size <= 32_000

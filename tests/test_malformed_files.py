@@ -179,12 +179,22 @@ CASES = {
     "number out of range": (lambda p: with_options(p, dropout=7.0), "0 ≤ p < 1, not 7.0"),
     # layers and tensors
     "missing tensor": (lambda p: rewritten(p, {"0/A": None}), r"missing tensors \['0/A'\]"),
-    "missing layer": (lambda p: rewritten(p, {"0/A": None, "0/B": None, "0/scale": None}), "missing tensors"),
+    "missing layer": (
+        lambda p: rewritten(p, {"0/A": None, "0/B": None, "0/scale": None}),
+        "of 1 layers of common rank there are tensors of 0: none"),
     "extra tensor": (lambda p: rewritten(p, {"0/C": B0}), r"unexpected tensors \['0/C'\]"),
-    "extra layer": (lambda p: rewritten(p, {"4/A": B0, "4/B": B0 + 0}), r"unexpected tensors \['4/A', '4/B'\]"),
+    "extra layer": (lambda p: rewritten(p, {"4/A": B0, "4/B": B0 + 0}), "of 1 layers .* tensors of 2: 0, 4"),
     "another prefix": (
         lambda p: rewritten(p, {"0/B": None, "net.0/B": B0}),
+        "of 1 layers .* tensors of 2: 0, net.0"),
+    "layers named, one of them missing": (
+        lambda p: rewritten(p, {"0/A": None, "0/B": None, "0/scale": None}, ranks=RANKS), "missing tensors"),
+    "layers named, and another one": (
+        lambda p: rewritten(p, {"4/A": B0, "4/B": B0 + 0}, ranks=RANKS), r"unexpected tensors \['4/A', '4/B'\]"),
+    "layers named, another prefix": (
+        lambda p: rewritten(p, {"0/B": None, "net.0/B": B0}, ranks=RANKS),
         r"missing tensors \['0/B'\], unexpected tensors \['net.0/B'\]"),
+    "common rank without a count": (lambda p: rewritten(p, ranks={"*": [1, 1]}), "number of layers"),
     "a layer the base lacks": (lambda p: rewritten(p, ranks={**RANKS, "9": [1, 1]}), "has no attribute `9`"),
     "a layer without a weight": (lambda p: rewritten(p, ranks={**RANKS, "1": [1, 1]}), "'1' no longer holds a weight"),
     "a parameter the base lacks": (lambda p: rewritten(p, trained=["4.bias"]), "has no parameter '4.bias'"),
