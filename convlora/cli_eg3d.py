@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlora import cli_check, cli_import, cli_page, cli_prepare, cli_study, cli_tasks
-from convlora.errors import ConvloraError
+from convlora import cli_check, cli_import, cli_instant, cli_page, cli_prepare, cli_study, cli_tasks
+from convlora.cli_device import prepare_device
 
 #: Verbs that go on where an interrupted run of the same command stopped.
-RESUMING = ("demo", "personalize", "prepare", "study", "page", *cli_tasks.RESUMING)
+RESUMING = ("demo", "personalize", "prepare", "study", "page", *cli_tasks.RESUMING, *cli_instant.RESUMING)
 
 
 def add_verbs(verbs: Any) -> None:
@@ -50,6 +50,7 @@ def add_verbs(verbs: Any) -> None:
     cli_tasks.add_task_verbs(eg3d)
     cli_study.add_verb(eg3d)
     cli_page.add_verb(eg3d)
+    cli_instant.add_verbs(eg3d)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -143,15 +144,3 @@ def _finish(report: Any, out: Path) -> None:
         print(f"cameras  of {photos} turned by {by}")
     print(f"adapter  {out / 'adapter.safetensors'}  ({(out / 'adapter.safetensors').stat().st_size:,} bytes)")
     print(f"report   {page}  (also {', '.join(path.name for path in others)})")
-
-
-def prepare_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConvloraError(f"--device {name}: not usable here ({first}); cpu always is") from None
-    # Behind an opaque surface transmittances are denormal numbers; a fifth of a CPU step goes into them.
-    torch.set_flush_denormal(True)

@@ -63,16 +63,20 @@ def _study(options: argparse.Namespace) -> Output:
     from convlora.integrations.eg3d.pipeline import Settings, environment
     from convlora.integrations.eg3d.studies import ALL, COMPANIONS, STUDIES, Cohort, Results
     from convlora.integrations.eg3d.studies.effort import LAB, Effort
+    from convlora.integrations.eg3d.studies.instant import HYPERNETWORK
     from convlora.integrations.eg3d.studies.page import DRAWN, PHOTOGRAPHS, write_page
     from convlora.integrations.eg3d.studies.run import run_studies
 
     drawn = not options.albums
     groups = {"all": STUDIES, "companions": COMPANIONS}
     names = [name for asked in options.names for name in groups.get(asked, [asked])]
-    if "all" in options.names:  # without those that need what only the lab's people have
+    if groups.keys() & set(options.names):  # without those that need what is not there
         people = options.generator == "lab"
-        possible = {"X1": people and drawn, "T4": people or options.score}
-        names = [name for name in names if possible.get(name, True)]
+        hyper = (people and drawn) or (options.out / HYPERNETWORK).is_file()
+        several = options.identities != 1 and len(options.albums) != 1
+        possible = {"X1": people and drawn, "T4": people or options.score, "H1": hyper, "P3": several}
+        possible |= {"B1": drawn, "B2": drawn}
+        names = [name for name in names if name in options.names or possible.get(name, True)]
     given: dict[str, Any] = {name: getattr(options, name) for name in _NUMBERS if getattr(options, name) is not None}
     effort = replace(LAB if drawn else Effort(), sizes=_list(options.sizes), ranks=_list(options.ranks), **given)
     if options.enhanced is not None:

@@ -734,6 +734,7 @@ def full_size():
         ("loralib_view", {}, 140_262),
         ("separable", {}, 140_262),
         ("tucker", {}, 39_807),
+        ("deft", {}, 91_110),
         ("para", {}, 16_576),
         ("para", {"min_out": 0}, 16_582),
         ("lidb", {}, 7_688),

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from convlora.integrations.eg3d.studies.ablations import table_5, table_6
+from convlora.integrations.eg3d.studies.blockwise import block_wise, conflicts
 from convlora.integrations.eg3d.studies.cohort import Cohort as Cohort
 from convlora.integrations.eg3d.studies.decomposition import figure_11
 from convlora.integrations.eg3d.studies.editing import table_4
 from convlora.integrations.eg3d.studies.effort import Effort as Effort
 from convlora.integrations.eg3d.studies.enhancement import table_3
 from convlora.integrations.eg3d.studies.failures import occluders
+from convlora.integrations.eg3d.studies.instant import from_one_photo
 from convlora.integrations.eg3d.studies.inversion import figure_12, table_1
+from convlora.integrations.eg3d.studies.pairs import combined
+from convlora.integrations.eg3d.studies.para import methods, single_photo
 from convlora.integrations.eg3d.studies.ranks import figure_8
 from convlora.integrations.eg3d.studies.results import Results as Results
 from convlora.integrations.eg3d.studies.synthesis import figure_4, table_2
@@ -26,6 +30,10 @@ STUDIES: dict[str, Study] = {
 }  # fmt: skip
 
 #: What the companion papers claim, on the same people: HyperDreamBooth, PaRa, Block-wise LoRA.
-COMPANIONS: dict[str, Study] = {}
+COMPANIONS: dict[str, Study] = {
+    "H1": from_one_photo,
+    "B1": block_wise, "B2": conflicts,
+    "P1": methods, "P2": single_photo, "P3": combined,
+}  # fmt: skip
 
 ALL = STUDIES | COMPANIONS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from convlora.integrations.eg3d.run_folder import RunFolder, write_text
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.results import Results, Value
 from convlora.integrations.eg3d.tasks.hull import Hull, make_hull
+from convlora.methods import METHODS
 
 if TYPE_CHECKING:
     from convlora.integrations.eg3d.lab import Person, Species
@@ -52,13 +53,20 @@ class Kind(NamedTuple):
     def label(self) -> str:
         if self.method in ("pretrained", "full"):
             return {"pretrained": "pretrained", "full": "full fine-tuning"}[self.method]
-        name = "LoRA" if self.method == "lora" else self.method
-        size = "" if self.numbers_of is None else f" with the numbers of {self.numbers_of}"
+        size = "" if self.numbers_of is None else f" with the numbers of {_named(self.numbers_of)}"
         size += "" if self.preset == "true_rank" else f" {self.preset} preset"
-        return f"{name} rank {self.rank}{size}" + ("" if self.photos is None else f", {self.photos} photos")
+        photos = "" if self.photos is None else f", {self.photos} photo{'s' * (self.photos != 1)}"
+        return f"{_named(self.method)} rank {self.rank}{size}{photos}"
+
+
+def _named(method: str) -> str:
+    return {"lora": "LoRA", "para": "PaRa", "deft": "DEFT"}.get(method, method)
 
 
 PRETRAINED, FULL, LORA = Kind("pretrained"), Kind("full"), Kind()
+
+#: A method's learning rate as a multiple of the settings', which is LoRA's: docs/para.md has the sweep.
+RATES = {"para": 4.0, "deft": 4.0}
 
 
 class Subject(NamedTuple):
@@ -85,8 +93,9 @@ class Cohort:
     folders that `load_album` reads, they are the people there, and `identities` is their number.
 
     Reference embeddings are of all photos outside the test set. `perceptual_net` and `identity_net` choose the
-    networks as in `choose_networks`. `score(images (N, 3, R, R), labels (N, 25), attribute)` -> (N,) is what directions
-    are found with where the lab has no scores of its own.
+    networks as in `choose_networks`. `known` is a folder of results (what `Results.write` wrote, by the same settings
+    and effort): people whose values stand there are not measured again. `score(images (N, 3, R, R), labels (N, 25),
+    attribute)` -> (N,) is what directions are found with where the lab has no scores of its own.
 
     Raises:
         ConvloraError: numbers below 1, more photos than there are, photographs without albums or without networks to
@@ -107,6 +116,7 @@ class Cohort:
     perceptual_net: str | None = None
     identity_net: str | None = None
     score: Score | None = None
+    known: Path | None = None
     only: int | None = None  # this person alone: a worker's part
 
     def __post_init__(self) -> None:
@@ -144,11 +154,15 @@ class Cohort:
             raise ConvloraError("a study needs a perceptual distance and an identity encoder: " + "; ".join(told))
         return found
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What all values of the cohort depend on, besides the effort and whose they are."""
+        record = {name: value for name, value in vars(self).items() if name in _RECORDED}
+        return {**record, **vars(self.settings)}
+
     def opened(self) -> RunFolder:
         """The folder with its lock; it belongs to one cohort's settings."""
-        record = {name: value for name, value in vars(self).items() if name in _RECORDED}
-        record["albums"] = [str(album.resolve()) for album in self.albums]
-        return RunFolder(self.out, {**record, **vars(self.settings)})
+        return RunFolder(self.out, {**self.record, "albums": [str(album.resolve()) for album in self.albums]})
 
     @cached_property
     def subjects(self) -> list[Subject]:
@@ -203,11 +217,13 @@ class Cohort:
     def measuring(self, results: Results, effort: Effort) -> Iterator[Subject]:
         """The subjects to measure, one after the other; those measured with this effort before are read from disk.
 
-        What the body of the loop adds to `results` is written when it asks for the next subject.
+        They are read from `out`, or from the results in `known`, by whoever measured them. What the body of the loop
+        adds to `results` is written when it asks for the next subject.
         """
+        elsewhere = self._known(results.name, effort)
         for subject in self.subjects:
             path = self.folder(subject) / "values" / f"{results.name}.json"
-            known = _read_values(path, effort)
+            known = _read_values(path, effort) or elsewhere.get(subject.who)
             if known is not None:
                 results.values += known
                 continue
@@ -215,6 +231,26 @@ class Cohort:
             yield subject
             record = {"effort": asdict(effort), "values": results.values[first:]}
             write_text(path, json.dumps(record, ensure_ascii=False))
+
+    def _known(self, study: str, effort: Effort) -> dict[tuple[str, int], list[Value]]:
+        """What the folder `known` holds of a study, by (person, seed).
+
+        Raises:
+            ConvloraError: it is of other settings or another effort.
+        """
+        if self.known is None or not (self.known / f"{study}.json").is_file():
+            return {}
+        before = Results.read(self.known, study)
+        told = {"effort": str(effort), "settings": json.loads(json.dumps(self.record))}
+        for what, ours in told.items():
+            if before.facts.get(what) != ours:
+                raise ConvloraError(
+                    f"{self.known} holds study {study} of other {what}: {before.facts.get(what)}, not {ours}"
+                )
+        found: dict[tuple[str, int], list[Value]] = {}
+        for value in before.values:
+            found.setdefault((value.person, value.seed), []).append(value)
+        return found
 
     def show(self, results: Results, subject: Subject, rows: Rows) -> None:
         """Write a sheet of pictures for the page, of the first person only."""
@@ -285,11 +321,7 @@ class Cohort:
         """The person's generator, frozen; trained now if its file is not there."""
         if kind.method == "pretrained":
             return self.base
-        if kind.photos == self.photos:
-            kind = kind._replace(photos=None)
-        path = self.folder(subject) / f"{kind.label.replace(' ', '_').replace(',', '')}.safetensors"
-        if not path.is_file():
-            self._train(subject, kind, path)
+        path = self.file(subject, kind)
         if kind.method == "full":
             return load_generator(path, self.device).requires_grad_(False)
         model = copy.deepcopy(self.base)
@@ -297,23 +329,33 @@ class Cohort:
             parameter.requires_grad_(False)
         return model
 
+    def file(self, subject: Subject, kind: Kind) -> Path:
+        """The person's adapter, or for "full" the whole generator; trained now if it is not there."""
+        if kind.photos == self.photos:
+            kind = kind._replace(photos=None)
+        path = self.folder(subject) / f"{kind.label.replace(' ', '_').replace(',', '')}.safetensors"
+        if not path.is_file():
+            self._train(subject, kind, path)
+        return path
+
     def _train(self, subject: Subject, kind: Kind, path: Path) -> None:
         settings, photos, anchors = self.settings, self.album(subject, kind.photos), self.anchors(subject, kind.photos)
         model = copy.deepcopy(self.base)
         torch.manual_seed(subject.seed)
         groups: list[dict[str, Any]]
+        adapter: Adapter | None = None
         if kind.method == "full":
             groups = [{"params": unfreeze(model), "lr": settings.lr_full}]
         else:
-            adapter = inject_kind(model, kind)
-            groups = parameter_groups(adapter, settings.lr, settings.lr_full)
+            adapter = inject_kind(model, kind, settings.steps)
+            groups = parameter_groups(adapter, settings.lr * RATES.get(kind.method, 1.0), settings.lr_full)
         tune(
-            model, photos, anchors, groups, steps=settings.steps, batch_size=settings.batch_size,
-            perceptual=self.networks.perceptual, perceptual_weight=settings.perceptual_weight, seed=subject.seed,
-            checkpoint=path.with_suffix(".ckpt"), progress=self.progress,
+            model, photos, anchors, groups, steps=settings.steps, batch_size=min(settings.batch_size, len(photos)),
+            adapter=adapter, perceptual=self.networks.perceptual, perceptual_weight=settings.perceptual_weight,
+            seed=subject.seed, checkpoint=path.with_suffix(".ckpt"), progress=self.progress,
             description=f"{subject.name}: {kind.label}",
         )  # fmt: skip
-        if kind.method == "full":
+        if adapter is None:
             save_generator(model.requires_grad_(False), path)
         else:
             adapter.save(path, person=subject.name, consent=self.species.consent if self.drawn else "see its album")
@@ -331,20 +373,52 @@ class Cohort:
 _RECORDED = ("generator", "perceptual_net", "identity_net", "photos", "largest", "tests")
 
 
-def inject_kind(model: TriPlaneGenerator, kind: Kind) -> Adapter:
-    """The adapter of a kind that is one, fresh on the model."""
-    if kind.method != "lora":
-        return convlora.inject(model, kind.method, kind.rank, targets=list(TARGETS), train=["decoder"])
-    if kind.numbers_of is None:
+def inject_kind(model: TriPlaneGenerator, kind: Kind, steps: int = 0) -> Adapter:
+    """The adapter of a kind that is one, fresh on the model; no layer's rank is above what it can have.
+
+    `steps`: of the tuning that follows. PaRa cannot start as the identity: it starts in the directions of least output
+    energy, and takes them away little by little over the first tenth of the steps.
+    """
+    if kind.preset != "true_rank":
         return inject_personal(model, kind.rank, kind.preset)
-    wanted = trainables(model, Kind(kind.numbers_of, kind.rank))
-    left = wanted - trainables(model, Kind(rank=kind.rank))
-    ranks = {}
-    for row in convlora.adaptable(model, list(TARGETS)):  # from coarse to fine
-        if (more := sum(row.matrix)) <= left and row.max_rank > kind.rank:
-            ranks[row.name] = kind.rank + 1
-            left -= more
-    return convlora.inject_lora(model, kind.rank, targets=list(TARGETS), ranks=ranks, train=["decoder"])
+    options: dict[str, Any] = {"init": "least_energy", "warmup": steps // 10} if kind.method == "para" else {}
+    method = METHODS[kind.method]
+    limits = {
+        row.name: method.rank_limit(row.shape, options)
+        for row in convlora.adaptable(model, list(TARGETS))  # from coarse to fine
+        if not method.skips(row.shape, options)
+    }
+    ranks = {layer: min(kind.rank, limit) for layer, limit in limits.items()}
+    if kind.numbers_of is not None:
+        wanted = trainables(model, Kind(kind.numbers_of, kind.rank))
+        left = wanted - trainables(model, kind._replace(numbers_of=None))
+        ranks = _raised(ranks, limits, _sizes(model, kind.method), left)
+    return convlora.inject(
+        model, kind.method, kind.rank, targets=list(TARGETS), ranks=ranks, train=["decoder"], **options
+    )
+
+
+def _sizes(model: TriPlaneGenerator, method: str) -> dict[str, int]:
+    """By layer, how many numbers one rank of a method trains."""
+    adapter = convlora.inject(model, method, 1, targets=list(TARGETS))
+    try:
+        return {layer: sum(p.numel() for p in change.parameters()) for layer, change in adapter.layers.items()}
+    finally:
+        adapter.remove()
+
+
+def _raised(ranks: Mapping[str, int], limits: Mapping[str, int], sizes: Mapping[str, int], left: int) -> dict[str, int]:
+    """Ranks raised as far as `left` more numbers reach: all by one as often as that fits, then the first by one."""
+    ranks = dict(ranks)
+    while growing := [layer for layer, rank in ranks.items() if rank < limits[layer]]:
+        together = sum(sizes[layer] for layer in growing) <= left
+        for layer in growing:
+            if sizes[layer] <= left:
+                ranks[layer] += 1
+                left -= sizes[layer]
+        if not together:
+            break
+    return ranks
 
 
 def trainables(model: TriPlaneGenerator, kind: Kind) -> int:

@@ -112,7 +112,7 @@ class _Seen:
             "ID_sim": identity(cohort, self.subject, views.images),
         }
         if self.truth is not None:
-            values |= _truths(cohort, views, self.truth)
+            values |= truths(cohort, views, self.truth)
         for metric, found in values.items():
             self.results.add(kind.label, metric, *self.subject.who, by_name(self.photos.names, found))
         self.own.append((kind.label, images))
@@ -122,8 +122,8 @@ class _Seen:
         self.cohort.show(self.results, self.subject, [*self.own, *self.turned])
 
 
-def _truths(cohort: Cohort, views: Views, truth: Truth) -> dict[str, Tensor]:
-    """Each (N,), averaged over V."""
+def truths(cohort: Cohort, views: Views, truth: Truth) -> dict[str, Tensor]:
+    """`TRUTHS` of novel views, each (N,), averaged over V."""
     from convlora.integrations.eg3d.lab.truth import depth_error
 
     seen, true = views.images.flatten(0, 1), truth.images.flatten(0, 1)

@@ -37,8 +37,8 @@ def write_page(results: Sequence[Results], path: Path) -> Path:
         path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>My3DGen's studies, repeated</title><style>{css}</style></head>
-<body><header class="top"><h1>My3DGen's studies, repeated</h1></header><main>
+<title>Studies of personal generators</title><style>{css}</style></head>
+<body><header class="top"><h1>Studies of personal generators</h1></header><main>
 <p class="notice" role="note">{escape(told)} Intervals are 95 %, by bootstrap over people, then photos;
 with few people they are too narrow rather than too wide.</p>
 <ul>{found}</ul>
