@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convlora.cli_adapters import Output
+from convlora.cli_device import add_options
 
 
 def add_verb(verbs: Any) -> None:
@@ -17,9 +18,7 @@ def add_verb(verbs: Any) -> None:
     check.add_argument("--fast", action="store_true", help="look at labels only, without inverting photos")
     check.add_argument("--photos", type=int, default=6, metavar="N", help="photos to invert (default %(default)s)")
     check.add_argument("--steps", type=int, default=30, metavar="N", help="steps of each inversion (default 30)")
-    check.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
-    check.add_argument("--quiet", action="store_true", help="no progress bars")
-    check.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_options(check)
     check.set_defaults(run=_check)
 
 

@@ -1,8 +1,17 @@
-"""Where commands compute."""
+"""Where commands compute, and how they tell."""
 
 from __future__ import annotations
 
+import argparse
+
 from convlora.errors import ConvloraError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--device`, `--quiet` and `--json`, of every verb that computes for a while."""
+    parser.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def prepare_device(name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convlora.cli_adapters import Output
+from convlora.cli_device import add_options
 from convlora.errors import ConvloraError
 
 #: Verbs that go on where an interrupted call of the same command stopped.
@@ -52,9 +53,7 @@ def _verb(eg3d: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser.add_argument("--generator", default="lab", help='"lab", "lab-cats" or a generator\'s .safetensors')
     parser.add_argument("--perceptual", metavar="NAME[:PATH]", help="the perceptual distance, as for personalize")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default 0)")
-    parser.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_options(parser)
     parser.set_defaults(run=run)
     return parser
 

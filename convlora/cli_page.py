@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convlora.cli_adapters import Output
+from convlora.cli_device import add_options
 
 
 def add_verb(eg3d: Any) -> None:
@@ -22,9 +23,7 @@ def add_verb(eg3d: Any) -> None:
     page.add_argument("--yaws", type=int, metavar="N", help="views from left to right (default 21, for the lab 9)")
     page.add_argument("--pitches", type=int, metavar="N", help="views from below to above (default 5)")
     page.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html, replaced)")
-    page.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
-    page.add_argument("--quiet", action="store_true", help="no progress bars")
-    page.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_options(page)
     page.set_defaults(run=_page)
 
 

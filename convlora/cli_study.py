@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convlora.cli_adapters import Output
+from convlora.cli_device import add_options
 from convlora.errors import ConvloraError
 
 _NUMBERS = ("views", "samples", "pairs", "latent_steps", "tune_steps", "project_steps", "directions")
@@ -47,9 +48,7 @@ def add_verb(eg3d: Any) -> None:
         metavar="FOLDER",
         help="results of the same settings: people in them are not measured again",
     )
-    study.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
-    study.add_argument("--quiet", action="store_true", help="no progress bars")
-    study.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_options(study)
     study.set_defaults(run=_study)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convlora.cli_adapters import Output
+from convlora.cli_device import add_options
 from convlora.errors import ConvloraError
 
 _EXITS, _BLENDS = ("stop", "continue", "project"), ("paste", "feather", "laplacian", "poisson")
@@ -93,9 +94,7 @@ def _verb(eg3d: Any, name: str, run: Any, text: str, out: str | None = None) -> 
     help_ = "folder for the results" if out is None else f"file to write, e.g. {out}"
     parser.add_argument("--out", type=Path, required=True, help=help_)
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default 0)")
-    parser.add_argument("--device", default="cpu", help='where to compute, e.g. "cuda" (default cpu)')
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_options(parser)
     parser.set_defaults(run=run)
     return parser
 
