@@ -20,10 +20,10 @@ from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors, find_anchors
 from convlora.integrations.eg3d.hyper import HyperNetwork, instant
 from convlora.integrations.eg3d.hyper.codes import put, squares
-from convlora.integrations.eg3d.hyper.instant import narrow, predict
+from convlora.integrations.eg3d.hyper.instant import predict
 from convlora.integrations.eg3d.images import save_png
 from convlora.integrations.eg3d.personal import load_personal
-from convlora.integrations.eg3d.personalize import tune
+from convlora.integrations.eg3d.personalize import narrow, tune
 from convlora.integrations.eg3d.tasks import novel_views
 
 SMALL = dict(dim=16, heads=2, depth=1, decoder_depth=1, refinements=2, side=32, patch=16)

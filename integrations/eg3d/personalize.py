@@ -65,6 +65,12 @@ def inject_personal(
     )
 
 
+def narrow(G: nn.Module, rank: int) -> dict[str, int]:
+    """`ranks=` for the layers of `TARGETS` that have fewer directions than `rank`: what they have (a ToRGB has 3)."""
+    rows = convlora.adaptable(G, list(TARGETS))
+    return {row.name: row.max_rank for row in rows if row.max_rank < rank}
+
+
 def parameter_groups(adapter: Adapter, lr: float, lr_full: float) -> list[dict[str, Any]]:
     """Adam's groups: the low-rank factors with `lr`, the tensors trained in full with `lr_full`."""
     low_rank = [p for change in adapter.layers.values() for p in change.parameters()]

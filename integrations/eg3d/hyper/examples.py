@@ -15,6 +15,7 @@ from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
 from convlora.integrations.eg3d.hyper.codes import Codes, Layout, calling
 from convlora.integrations.eg3d.images import to_uint8
+from convlora.integrations.eg3d.losses import reconstruct
 from convlora.integrations.eg3d.renderer import Samples
 
 
@@ -104,8 +105,7 @@ def render(
 
     def draw(G: nn.Module) -> dict[str, Tensor]:
         assert isinstance(G, TriPlaneGenerator)
-        ws = w[:, None].expand(-1, G.num_ws, -1)
-        out = G.synthesis(ws, labels, noise_mode="const", samples=samples, deterministic=deterministic)
+        out = reconstruct(G, w, labels, samples=samples, deterministic=deterministic)
         return {name: out[name] for name in ("image_raw", "image")}
 
     return draw(model) if codes is None or adapter is None else calling(adapter, codes, draw, layout)

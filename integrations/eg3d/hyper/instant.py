@@ -24,7 +24,7 @@ from convlora.integrations.eg3d.hyper.codes import Codes, put
 from convlora.integrations.eg3d.hyper.examples import make_examples
 from convlora.integrations.eg3d.hyper.network import HyperNetwork
 from convlora.integrations.eg3d.losses import Perceptual
-from convlora.integrations.eg3d.personalize import TARGETS, tune
+from convlora.integrations.eg3d.personalize import TARGETS, narrow, tune
 
 PREDICTED, TUNED = "predicted", "tuned"
 
@@ -133,12 +133,6 @@ def predict(
     examples = make_examples(G, Photos(photos.images, labels, photos.names, photos.masks), anchors.w)
     found: Codes = hyper.to(device)(*examples.to(device).inputs(), refinements)
     return found
-
-
-def narrow(G: torch.nn.Module, rank: int) -> dict[str, int]:
-    """The layers of `TARGETS` that have fewer directions than `rank`, at what they have (a ToRGB has 3 outputs)."""
-    rows = convlora.adaptable(G, list(TARGETS))
-    return {row.name: row.max_rank for row in rows if row.max_rank < rank}
 
 
 def _lap(seconds: dict[str, float], stage: str, began: float, device: torch.device) -> float:

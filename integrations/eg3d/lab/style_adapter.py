@@ -24,7 +24,7 @@ from convlora.integrations.eg3d.lab._species import Species
 from convlora.integrations.eg3d.lab._species import species as species_of
 from convlora.integrations.eg3d.lab.styles import style_named
 from convlora.integrations.eg3d.losses import Perceptual
-from convlora.integrations.eg3d.personalize import TARGETS, parameter_groups, tune
+from convlora.integrations.eg3d.personalize import TARGETS, narrow, parameter_groups, tune
 
 STYLE_SEEDS = 500_000  # seeds from here are of the heads that styles are learnt from; no other training goes there
 _MOST = 0.95  # of a latent's sum of squares may be parameters; see world.z_from_params
@@ -81,9 +81,7 @@ def inject_style(
     The decoder stays the base's, so that `blocks.GROUPS` are all that a style changes, and a person's adapter, which
     trains the decoder, keeps its own.
     """
-    rows = convlora.adaptable(G, list(TARGETS))
-    capped = {row.name: row.max_rank for row in rows if row.max_rank < rank}
-    return convlora.inject_lora(G, rank, targets=list(TARGETS), ranks={**(ranks or {}), **capped}, name=name)
+    return convlora.inject_lora(G, rank, targets=list(TARGETS), ranks={**(ranks or {}), **narrow(G, rank)}, name=name)
 
 
 def style_adapter(
