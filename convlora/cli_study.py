@@ -94,7 +94,7 @@ def _study(options: argparse.Namespace) -> Output:
     results = run_studies(names, cohort, effort, options.jobs)
     for found in results:
         made = {"command": command, "effort": str(effort), "settings": cohort.record}
-        found.facts = {"data": origin, **made, **environment(options.device)}
+        found.facts = {"data": origin, **made, **found.facts, **environment(options.device)}
         written += found.write(options.out)
     known = [name for name in ALL if (options.out / f"{name}.json").is_file()]
     page = write_page([Results.read(options.out, name) for name in known], options.out / "studies.html")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from convlora.errors import ConvloraError
@@ -9,6 +11,7 @@ from convlora.integrations.eg3d.hyper import HyperNetwork
 from convlora.integrations.eg3d.lab.hyper import ENCODER, encoder
 from convlora.integrations.eg3d.pipeline import Settings
 from convlora.integrations.eg3d.studies import COMPANIONS, Cohort
+from convlora.integrations.eg3d.studies import instant as study
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.instant import from_one_photo, ways
 
@@ -33,6 +36,29 @@ def test_the_study_measures_every_way_and_the_truth(tmp_path) -> None:
     assert (tmp_path / "H1_pictures.webp").stat().st_size > 1000
     again = from_one_photo(cohort, effort, fast=1, slow=2)
     assert again.values == found.values
+    # another hypernetwork, the same file name: nothing measured with the one before is its own
+    HyperNetwork.for_generator(
+        G, dim=16, heads=2, depth=1, decoder_depth=1, encoder=encoder(), encoder_name=ENCODER
+    ).save(tmp_path / "hypernetwork.safetensors")
+    found.facts |= {"effort": str(effort), "settings": cohort.record}
+    found.write(tmp_path / "before")
+    with pytest.raises(ConvloraError, match="holds study H1 of other hypernetwork"):
+        from_one_photo(dataclasses.replace(cohort, known=tmp_path / "before"), effort, fast=1, slow=2)
+    other = from_one_photo(cohort, effort, fast=1, slow=2)
+    alone = lambda results: results.interval("hypernetwork only", "PSNR").mean  # noqa: E731
+    assert alone(other) != alone(found)
+
+
+def test_a_long_tuning_is_measured_on_its_way(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(study, "MARKS", (10, 20))
+    cohort = Cohort(tmp_path, 1, photos=2, largest=2, tests=2, settings=Settings(anchor_steps=2), progress=False)
+    cohort.base.neural_rendering_resolution = 16
+    found = from_one_photo(cohort, Effort(views=1, photos=1), fast=1, slow=20)
+    models = found.models()
+    assert [m for m in models if "after" in m] == ["LoRA rank 4, 20 steps, after 10"]
+    early, late = (found.interval(m, "perceptual").mean for m in ("LoRA rank 4, 20 steps, after 10", models[-1]))
+    assert late < early < found.interval("pretrained", "perceptual").mean
+    assert len(found.claims) == 10 and all(found.verdict(claim) for claim in found.claims)
 
 
 def test_other_generators_bring_their_own_hypernetwork(tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +136,7 @@ def tune(
     held_out: tuple[Photos, Anchors] | None = None,
     patience: int | None = None,
     look_every: int = 50,
+    look: Callable[[int], None] | None = None,
     adapter: Adapter | None = None,
 ) -> list[tuple[int, float]]:
     """Optimise `parameters` (Adam's groups) so that each anchor renders its photo; returns (step, loss) history.
@@ -156,6 +157,8 @@ def tune(
             every `look_every` steps (a multiple of 10), and take the weights of the last look that lowered it. The
             learning rate decays as if all `steps` were taken. A look costs a forward of every held-out photo, without
             randomness.
+        look: called every `look_every` steps with the number of steps taken, to measure G as it is then. It must not
+            change G.
         adapter: the one that `parameters` are of, where its method does something on a schedule: its `step()` is
             called after every step of the optimiser, and its buffers (PaRa's warm-up) are kept with the parameters.
 
@@ -173,7 +176,9 @@ def tune(
     device = next(G.parameters()).device
     cameras = photos.labels if anchors.labels is None else anchors.labels
     micro = part_of(batch_size, accumulate)
-    plateau = None if patience is None else _plateau(held_out, patience, look_every, device)
+    if look_every < 1 or look_every % EVERY:
+        raise ConvloraError(f"look_every={look_every} must be a multiple of {EVERY}")
+    plateau = None if patience is None else _plateau(held_out, patience, device)
     images, labels, w = photos.images.to(device), cameras.to(device), anchors.w.to(device)
     masks = None if photos.masks is None else photos.masks.to(device)
     optimizer = torch.optim.Adam(groups, lr=0.002, betas=(0.0, 0.992), eps=1e-8)
@@ -235,8 +240,10 @@ def tune(
                 good_step = step + 1
                 history.append((step + 1, float(losses.mean())))
                 bar.set_postfix(loss=f"{history[-1][1]:.4f}")
-                over = step + 1 == steps
-                if plateau is not None and ((step + 1) % look_every == 0 or over):
+                over, looking = step + 1 == steps, (step + 1) % look_every == 0
+                if look is not None and looking:
+                    look(step + 1)
+                if plateau is not None and (looking or over):
                     with computing_in(precision, device):
                         loss = _held_out_loss(G, plateau, perceptual, perceptual_weight, micro)
                     over |= plateau.over(loss, tuned)
@@ -287,13 +294,11 @@ class _Plateau:
         self.lowest, self.since = float(state["lowest"]), int(state["since"])
 
 
-def _plateau(held_out: tuple[Photos, Anchors] | None, patience: int, look_every: int, device: torch.device) -> _Plateau:
+def _plateau(held_out: tuple[Photos, Anchors] | None, patience: int, device: torch.device) -> _Plateau:
     if held_out is None or not len(held_out[0]) or held_out[0].names != held_out[1].names:
         raise ConvloraError(f"patience={patience} needs held_out=(photos, anchors) of the same files in the same order")
-    if patience < 1 or look_every < 1 or look_every % EVERY:
-        raise ConvloraError(
-            f"patience={patience}, look_every={look_every}: patience is at least 1, look_every a multiple of {EVERY}"
-        )
+    if patience < 1:
+        raise ConvloraError(f"patience={patience} must be at least 1")
     photos, anchors = held_out[0].to(device), held_out[1]
     labels = photos.labels if anchors.labels is None else anchors.labels.to(device)
     return _Plateau(photos, anchors.w.to(device), labels, patience)

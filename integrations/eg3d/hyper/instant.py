@@ -8,6 +8,7 @@ the ranks.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ def instant(
     name: str = "default",
     seed: int = 0,
     progress: bool = True,
+    look: Callable[[int], None] | None = None,
+    look_every: int = 100,
     **inversion: Any,
 ) -> Instant:
     """Personalise G in place from one photo; the result is one low-rank adapter `name`.
@@ -67,6 +70,7 @@ def instant(
         anchors: the photo's, if it was inverted before.
         steps: 0 leaves the tuning away.
         refinements: how often the decoder is applied; None is the network's own number.
+        look: called every `look_every` steps of the tuning with their number, to measure G as it is then.
         inversion: options of `find_anchors`, such as `steps=25` as `anchor_steps`, `init` or `refine_camera`.
 
     Raises:
@@ -109,7 +113,7 @@ def instant(
             tune(
                 G, photo, anchors, [{"params": list(tuned.parameters()), "lr": lr}], steps=steps, batch_size=1,
                 perceptual=perceptual, perceptual_weight=perceptual_weight, seed=seed, progress=progress,
-                description="tuning to the photo",
+                description="tuning to the photo", look=look, look_every=look_every,
             )  # fmt: skip
             if hyper is not None:
                 predicted.unmerge()

@@ -19,6 +19,7 @@ from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos, load_album
 from convlora.integrations.eg3d.anchors import Anchors, find_anchors
+from convlora.integrations.eg3d.blocks import FULL_MASK, Mask, mask_name, masked_ranks
 from convlora.integrations.eg3d.checkpoint import SHIPPED, load_generator, save_generator
 from convlora.integrations.eg3d.demo import LAB_SETTINGS
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
@@ -48,6 +49,7 @@ class Kind(NamedTuple):
     photos: int | None = None  # of the album; None: the cohort's number
     numbers_of: str | None = None  # a method: ranks are raised until as many numbers are trained as by it
     preset: Preset = "true_rank"
+    blocks: Mask = FULL_MASK  # rank 0 in all others
 
     @property
     def label(self) -> str:
@@ -55,6 +57,7 @@ class Kind(NamedTuple):
             return {"pretrained": "pretrained", "full": "full fine-tuning"}[self.method]
         size = "" if self.numbers_of is None else f" with the numbers of {_named(self.numbers_of)}"
         size += "" if self.preset == "true_rank" else f" {self.preset} preset"
+        size += "" if self.blocks == FULL_MASK else f" in {mask_name(self.blocks)}"
         photos = "" if self.photos is None else f", {self.photos} photo{'s' * (self.photos != 1)}"
         return f"{_named(self.method)} rank {self.rank}{size}{photos}"
 
@@ -218,30 +221,32 @@ class Cohort:
         """The subjects to measure, one after the other; those measured with this effort before are read from disk.
 
         They are read from `out`, or from the results in `known`, by whoever measured them. What the body of the loop
-        adds to `results` is written when it asks for the next subject.
+        adds to `results` is written when it asks for the next subject. What values depend on besides the cohort and
+        the effort is in `results.facts` by then: values of other facts are measured again.
         """
-        elsewhere = self._known(results.name, effort)
+        elsewhere = self._known(results, effort)
         for subject in self.subjects:
             path = self.folder(subject) / "values" / f"{results.name}.json"
-            known = _read_values(path, effort) or elsewhere.get(subject.who)
+            known = _read_values(path, effort, results.facts) or elsewhere.get(subject.who)
             if known is not None:
                 results.values += known
                 continue
             first = len(results.values)
             yield subject
-            record = {"effort": asdict(effort), "values": results.values[first:]}
+            record = {"effort": asdict(effort), "facts": results.facts, "values": results.values[first:]}
             write_text(path, json.dumps(record, ensure_ascii=False))
 
-    def _known(self, study: str, effort: Effort) -> dict[tuple[str, int], list[Value]]:
-        """What the folder `known` holds of a study, by (person, seed).
+    def _known(self, results: Results, effort: Effort) -> dict[tuple[str, int], list[Value]]:
+        """What the folder `known` holds of the study of `results`, by (person, seed).
 
         Raises:
-            ConvloraError: it is of other settings or another effort.
+            ConvloraError: it is of other settings, another effort or other facts.
         """
+        study = results.name
         if self.known is None or not (self.known / f"{study}.json").is_file():
             return {}
         before = Results.read(self.known, study)
-        told = {"effort": str(effort), "settings": json.loads(json.dumps(self.record))}
+        told = {"effort": str(effort), "settings": json.loads(json.dumps(self.record)), **results.facts}
         for what, ours in told.items():
             if before.facts.get(what) != ours:
                 raise ConvloraError(
@@ -388,6 +393,9 @@ def inject_kind(model: TriPlaneGenerator, kind: Kind, steps: int = 0) -> Adapter
         for row in convlora.adaptable(model, list(TARGETS))  # from coarse to fine
         if not method.skips(row.shape, options)
     }
+    if kind.blocks != FULL_MASK:
+        off = {row.name for row in convlora.adaptable(model, list(masked_ranks(model, kind.blocks)))}
+        limits = {layer: 0 if layer in off else limit for layer, limit in limits.items()}
     ranks = {layer: min(kind.rank, limit) for layer, limit in limits.items()}
     if kind.numbers_of is not None:
         wanted = trainables(model, Kind(kind.numbers_of, kind.rank))
@@ -434,11 +442,12 @@ def _slug(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _read_values(path: Path, effort: Effort) -> list[Value] | None:
-    """None: there are none yet, or they were measured with another effort."""
+def _read_values(path: Path, effort: Effort, facts: Mapping[str, Any]) -> list[Value] | None:
+    """None: there are none yet, or they were measured with another effort or other facts."""
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["effort"] != json.loads(json.dumps(asdict(effort))):
+    told = {"effort": asdict(effort), "facts": facts}
+    if {"facts": {}, **record, "values": None} != {**json.loads(json.dumps(told)), "values": None}:
         return None
     return [Value(*value) for value in record["values"]]

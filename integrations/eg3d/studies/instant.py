@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from convlora.errors import ConvloraError
+from convlora.fingerprint import fingerprint
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import Anchors, find_anchors
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
@@ -23,6 +26,7 @@ from convlora.integrations.eg3d.studies.results import Claim, Results
 from convlora.integrations.eg3d.tasks.views import Views, render_views
 
 RANK = 4
+MARKS = (100, 200, 400)  # steps of the long tuning at which it is measured too: one photo may be learnt too well
 HYPERNETWORK = "hypernetwork.safetensors"  # in the cohort's folder: for other generators than the lab's
 
 
@@ -48,15 +52,24 @@ def ways(fast: int, slow: int) -> dict[str, _Way]:
 def from_one_photo(cohort: Cohort, effort: Effort, fast: int = 40, slow: int = 1000) -> Results:
     """Each person's first photo against all others: the method after `fast` steps, a plain LoRA after `slow`.
 
-    All start from one inversion. The hypernetwork is the lab's, or the file `hypernetwork.safetensors` in the cohort's
-    folder.
+    All start from one inversion. The long tuning is measured at `MARKS` on its way too. The hypernetwork is the lab's,
+    or the file `hypernetwork.safetensors` in the cohort's folder.
 
     Raises:
         ConvloraError, FileError: there is no hypernetwork for this generator.
     """
     hyper, results = _hypernetwork(cohort), Results("H1", "A person from one photo (HyperDreamBooth)", _metrics(cohort))
+    results.facts = {"hypernetwork": fingerprint(hyper), "fast": fast, "slow": slow}
     best, once, alone, without, plain = ways(fast, slow)
     results.claims = _claims(cohort, best, once, alone, without, plain)
+    if slow > MARKS[0]:
+        early = f"{plain}, after {MARKS[0]}"
+        results.claims += [
+            Claim(f"prediction and a few steps are about as good as {MARKS[0]} of a long tuning", "ID_sim", best, early,
+                  -0.02),
+            Claim(f"a long tuning keeps identity better at its end than after {MARKS[0]} steps", "ID_sim", plain,
+                  early),
+        ]  # fmt: skip
     results.paper = {
         label: {"ID_sim": f"Face Rec. {value}"}
         for label, value in ((best, ".655"), (once, ".648"), (alone, ".631"), (without, ".647"), (plain, ".618"))
@@ -73,16 +86,18 @@ def from_one_photo(cohort: Cohort, effort: Effort, fast: int = 40, slow: int = 1
             perceptual=cohort.networks.perceptual, seed=subject.seed, progress=cohort.progress,
         )  # fmt: skip
         judge = _Judge(cohort, subject, photo, index, effort)
-        judge.add(results, PRETRAINED.label, cohort.base, anchors, {})
+        judge.add(results, PRETRAINED.label, cohort.base, anchors)
         for label, way in ways(fast, slow).items():
             model = copy.deepcopy(cohort.base)
+            look = partial(judge.on_the_way, results, label, model, anchors) if way.steps == slow else None
+            measuring = judge.seconds
             done = instant(
                 model, photo, hyper if way.predicted else None, anchors=anchors, steps=way.steps, rank=RANK,
                 lr=settings.lr, refinements=way.refinements, perceptual=cohort.networks.perceptual, seed=subject.seed,
-                progress=cohort.progress,
+                progress=cohort.progress, look=look, look_every=MARKS[0],
             )  # fmt: skip
-            spent = {stage: seconds for stage, seconds in done.seconds.items() if stage != "inversion"}
-            judge.add(results, label, model, anchors, spent)
+            spent = sum(seconds for stage, seconds in done.seconds.items() if stage != "inversion")
+            judge.add(results, label, model, anchors, spent - (judge.seconds - measuring))
         cohort.show(results, subject, judge.shown)
     return results
 
@@ -140,6 +155,7 @@ class _Judge:
         others = torch.arange(len(subject.reference)) != index
         self.reference = torch.cat([subject.reference[others], cohort.embed(subject.test.images)])
         self.truth = None
+        self.seconds = 0.0  # spent on measuring
         self.shown: list[tuple[str, Tensor]] = [("the one photo", photo.images)]
         if cohort.drawn:
             from convlora.integrations.eg3d.lab import people
@@ -152,10 +168,18 @@ class _Judge:
             self.truth = true_views(params, traits, self.cameras.cpu(), *side, cohort.species)
             self.shown.append(("the person, turned", self.truth.images[0]))
 
+    def on_the_way(
+        self, results: Results, label: str, model: TriPlaneGenerator, anchors: Anchors, step: int
+    ) -> None:
+        """Measure a model while it is tuned, if a mark is reached."""
+        if step in MARKS and step < results.facts["slow"]:
+            self.add(results, f"{label}, after {step}", model, anchors)
+
     def add(
-        self, results: Results, label: str, model: TriPlaneGenerator, anchors: Anchors, seconds: dict[str, float]
+        self, results: Results, label: str, model: TriPlaneGenerator, anchors: Anchors, seconds: float | None = None
     ) -> None:
         """Measure a model's picture of the photo, and its novel views."""
+        began = time.monotonic()
         labels = self.photo.labels if anchors.labels is None else anchors.labels
         found = render_views(model, anchors.w, torch.cat([labels[:, None], self.cameras[None].to(labels)], 1))
         own, views = found.images[:, 0], Views(found.images[:, 1:], found.depths[:, 1:])
@@ -166,8 +190,9 @@ class _Judge:
         }
         if self.truth is not None:
             values |= truths(self.cohort, views, self.truth)
-        if seconds:
-            values["seconds"] = torch.tensor([sum(seconds.values())])
+        if seconds is not None:
+            values["seconds"] = torch.tensor([seconds])
         for metric, value in values.items():
             results.add(label, metric, *self.subject.who, {self.photo.names[0]: float(value)})
         self.shown.append((label, torch.cat([own, views.images[0]])))
+        self.seconds += time.monotonic() - began

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +16,11 @@ from convlora.integrations.eg3d.blocks import (
     GROUPS,
     Mask,
     mask_name,
-    masked_ranks,
     masked_weights,
     masks,
     rest,
 )
 from convlora.integrations.eg3d.generator import TriPlaneGenerator
-from convlora.integrations.eg3d.personalize import TARGETS, parameter_groups, tune
 from convlora.integrations.eg3d.studies.cohort import LORA, Cohort, Subject
 from convlora.integrations.eg3d.studies.effort import Effort
 from convlora.integrations.eg3d.studies.styles import Styles, both
@@ -73,7 +70,7 @@ def loaded(cohort: Cohort, subject: Subject, styles: Styles, chosen: Iterable[Ma
     Adapter.of(G, source("identity", FULL_MASK)).disable()
     files = {source("style", mask): styles.adapter(mask) for mask in (FULL_MASK, *chosen)}
     if chosen:
-        files[source("identity", IDENTITY_BLOCKS)] = _identity_in_blocks(cohort, subject)
+        files[source("identity", IDENTITY_BLOCKS)] = cohort.file(subject, LORA._replace(blocks=IDENTITY_BLOCKS))
     for name, file in files.items():
         convlora.load_adapter(G, file, name).disable()
     return G.requires_grad_(False)
@@ -134,26 +131,3 @@ def _weights(G: TriPlaneGenerator, what: str, mask: Mask, trained: bool) -> dict
     if trained:
         return {source(what, mask): 1.0}
     return {source(what, FULL_MASK): 1.0 if mask == FULL_MASK else masked_weights(G, mask)}
-
-
-def _identity_in_blocks(cohort: Cohort, subject: Subject) -> Path:
-    """The file of the person's adapter trained in `IDENTITY_BLOCKS` alone; trained now if it is not there."""
-    name = mask_name(IDENTITY_BLOCKS).replace("+", "_")
-    path = cohort.folder(subject) / f"LoRA_rank_1_{name}.safetensors"
-    if path.is_file():
-        return path
-    settings, model = cohort.settings, copy.deepcopy(cohort.base)
-    photos, anchors = cohort.album(subject), cohort.anchors(subject)
-    torch.manual_seed(subject.seed)
-    adapter = convlora.inject_lora(
-        model, 1, targets=list(TARGETS), ranks=masked_ranks(model, IDENTITY_BLOCKS), train=["decoder"]
-    )
-    tune(
-        model, photos, anchors, parameter_groups(adapter, settings.lr, settings.lr_full), steps=settings.steps,
-        batch_size=min(settings.batch_size, len(photos)), perceptual=cohort.networks.perceptual,
-        perceptual_weight=settings.perceptual_weight, seed=subject.seed, checkpoint=path.with_suffix(".ckpt"),
-        progress=cohort.progress, description=f"{subject.name}: {mask_name(IDENTITY_BLOCKS)}",
-    )  # fmt: skip
-    adapter.save(path, person=subject.name, consent=cohort.species.consent)
-    path.with_suffix(".ckpt").unlink(missing_ok=True)
-    return path
