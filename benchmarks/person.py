@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,10 +38,10 @@ COLUMNS = {"photos": 6, "stage": -15, "seconds": 9, "share": 6, "ms/step": 9, "f
 @contextlib.contextmanager
 def timed(spent: dict[str, float], stage: str, device: str) -> Iterator[None]:
     bench.synchronize(device)
-    start = time.perf_counter()
+    start = bench.clock()
     yield
     bench.synchronize(device)
-    spent[stage] = time.perf_counter() - start
+    spent[stage] = bench.clock() - start
 
 
 def measure(options: argparse.Namespace, G: eg3d.TriPlaneGenerator, wanted: int, rate: float) -> list[bench.Row]:

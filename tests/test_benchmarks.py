@@ -190,6 +190,15 @@ def test_person(program, person, tmp_path):
     assert all(stages[name]["of_floor"] > 1 for name in ("anchors", "personalisation"))
 
 
+def test_prefix(program, person, tmp_path):
+    _, rows = run(program("prefix"), tmp_path / "out", *person, "--batch", "2", "--rounds", "1")
+    full, fine, sr = rows
+    assert [row["mask"] for row in rows] == ["full", "fine+sr", "sr"]
+    assert full["kept_blocks"] == full["kept_bytes"] == 0 and full["by_count"] == full["by_bytes"] == 1
+    assert 0 < fine["kept_blocks"] <= sr["kept_blocks"] and fine["kept_bytes"] > 0
+    assert sr["by_count"] <= fine["by_count"] < 1 and sr["trainables"] <= fine["trainables"] < full["trainables"]
+
+
 def test_handling(program, tmp_path):
     handle = program("handle")
     G = tiny_generator()
