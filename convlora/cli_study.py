@@ -46,7 +46,7 @@ def add_verb(eg3d: Any) -> None:
         "--known",
         type=Path,
         metavar="FOLDER",
-        help="results of the same settings: people in them are not measured again",
+        help="results of the same settings to go on from: people in them are not measured again",
     )
     add_options(study)
     study.set_defaults(run=_study)

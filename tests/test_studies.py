@@ -132,8 +132,12 @@ def test_people_in_published_results_are_not_measured_again_unless_settings_diff
     monkeypatch.setattr(Cohort, "subjects", people)
     before = Results("T0", "A study", {"score": "higher is better"})
     before.add("A", "score", "A B", 0, {"a": 0.25})
-    before.facts = {"data": DRAWN, "effort": str(Effort()), "settings": Cohort(tmp_path).record}
+    before.facts = {
+        "data": DRAWN, "effort": str(Effort()), "settings": Cohort(tmp_path).record,
+        "command": "convlora eg3d study T0",
+    }  # fmt: skip
     before.write(tmp_path / "published")
+    found_by: list[Results] = []
 
     def measured(**settings) -> tuple[list[str], list[float]]:
         cohort = Cohort(tmp_path / "out", 2, 1, known=tmp_path / "published", **settings)
@@ -141,9 +145,14 @@ def test_people_in_published_results_are_not_measured_again_unless_settings_diff
         for subject in cohort.measuring(found, Effort()):
             asked.append(subject.name)
             found.add("A", "score", *subject.who, {"a": 0.5})
+        found_by.append(found)
         return asked, [value.value for value in found.values]
 
     assert measured() == (["C"], [0.25, 0.5])
+    assert measured() == ([], [0.25, 0.5])
+    monkeypatch.setattr(Cohort, "subjects", people[1:])
+    assert measured() == ([], [0.5, 0.25]), "who is known counts, asked for or not"
+    assert found_by[-1].json()["facts"]["extends"] == {"command": "convlora eg3d study T0"}
     with pytest.raises(ConvloraError, match="holds study T0 of other settings"):
         measured(photos=7)
 

@@ -97,7 +97,8 @@ class Cohort:
 
     Reference embeddings are of all photos outside the test set. `perceptual_net` and `identity_net` choose the
     networks as in `choose_networks`. `known` is a folder of results (what `Results.write` wrote, by the same settings
-    and effort): people whose values stand there are not measured again. `score(images (N, 3, R, R), labels (N, 25),
+    and effort) to go on from: people whose values stand there are not measured again, and their values count, whether
+    they are of this cohort or not. `score(images (N, 3, R, R), labels (N, 25),
     attribute)` -> (N,) is what directions are found with where the lab has no scores of its own.
 
     Raises:
@@ -220,14 +221,16 @@ class Cohort:
     def measuring(self, results: Results, effort: Effort) -> Iterator[Subject]:
         """The subjects to measure, one after the other; those measured with this effort before are read from disk.
 
-        They are read from `out`, or from the results in `known`, by whoever measured them. What the body of the loop
-        adds to `results` is written when it asks for the next subject. What values depend on besides the cohort and
-        the effort is in `results.facts` by then: values of other facts are measured again.
+        They are read from `out`, or from the results in `known`, by whoever measured them; whoever else is in `known`
+        is added in the end. What the body of the loop adds to `results` is written when it asks for the next subject.
+        What values depend on besides the cohort and the effort is in `results.facts` by then: values of other facts
+        are measured again.
         """
         elsewhere = self._known(results, effort)
         for subject in self.subjects:
             path = self.folder(subject) / "values" / f"{results.name}.json"
             known = _read_values(path, effort, results.facts) or elsewhere.get(subject.who)
+            elsewhere.pop(subject.who, None)
             if known is not None:
                 results.values += known
                 continue
@@ -235,9 +238,11 @@ class Cohort:
             yield subject
             record = {"effort": asdict(effort), "facts": results.facts, "values": results.values[first:]}
             write_text(path, json.dumps(record, ensure_ascii=False))
+        if self.only is None:
+            results.values += [value for values in elsewhere.values() for value in values]
 
     def _known(self, results: Results, effort: Effort) -> dict[tuple[str, int], list[Value]]:
-        """What the folder `known` holds of the study of `results`, by (person, seed).
+        """What the folder `known` holds of the study of `results`, by (person, seed); `results` remember whose it is.
 
         Raises:
             ConvloraError: it is of other settings, another effort or other facts.
@@ -252,6 +257,7 @@ class Cohort:
                 raise ConvloraError(
                     f"{self.known} holds study {study} of other {what}: {before.facts.get(what)}, not {ours}"
                 )
+        results.extends = {name: before.facts[name] for name in _ORIGIN if name in before.facts}
         found: dict[tuple[str, int], list[Value]] = {}
         for value in before.values:
             found.setdefault((value.person, value.seed), []).append(value)
@@ -373,6 +379,8 @@ class Cohort:
         """(count, 25) random novel views, the same for every model."""
         return cameras.random_views(count, seed=seed, **cameras.orbit_of(self.base.rendering_kwargs))
 
+
+_ORIGIN = ("command", "date", "device", "measured", "extends")  # facts of results that others go on from
 
 # more people or seeds may be added to a cohort later
 _RECORDED = ("generator", "perceptual_net", "identity_net", "photos", "largest", "tests")

@@ -59,6 +59,7 @@ class Results:
     notes: list[str] = field(default_factory=list)
     axis: str | None = None  # a name that items end with, before a number: results are drawn as curves over it
     facts: dict[str, Any] = field(default_factory=dict)  # how it was made: command, settings, date, device, …
+    extends: dict[str, Any] = field(default_factory=dict)  # how the earlier results were made that it goes on from
 
     def add(self, model: str, metric: str, person: str, seed: int, values: Mapping[str, float]) -> None:
         if metric not in self.metrics:
@@ -131,7 +132,7 @@ class Results:
         return {
             "study": self.name, "title": self.title, "metrics": self.metrics, "people": len(people),
             "summary": summary, "paper": self.paper, "claims": claims, "notes": self.notes, "axis": self.axis,
-            "facts": self.facts,
+            "facts": self.facts | ({"extends": self.extends} if self.extends else {}),
         }  # fmt: skip
 
     def write(self, folder: Path) -> list[Path]:
