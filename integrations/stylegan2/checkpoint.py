@@ -56,7 +56,7 @@ def chosen(preset: str | None, presets: Mapping[str, dict[str, Any]]) -> dict[st
 
 
 def build(factory: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path) -> Any:
-    """factory(**config) in eval mode, with these tensors after checking every name and shape; errors name the file.
+    """`factory(**config)` in eval mode, with these tensors after checking every name and shape; errors name the file.
 
     Arguments in a stranger's pickle may ask for more memory than there is, so they are tried on the meta device
     first, which has shapes only. For safetensors the second that this takes is saved.
