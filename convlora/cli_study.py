@@ -20,7 +20,10 @@ def add_verb(eg3d: Any) -> None:
     """Add `study` to the verbs of `eg3d`."""
     study = eg3d.add_parser("study", help="a table or figure of My3DGen's paper, on procedural people")
     study.add_argument(
-        "names", nargs="+", metavar="NAME", help="T1 … T6, F4, F8, F9, F11, F12, X1 or all (My3DGen), or companions"
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="T1 … T6, F4, F8, F9, F11, F12, X1 or all (My3DGen), H1, P1 … P3, B1, B2 or companions",
     )
     study.add_argument("--out", type=Path, default=Path("out/studies"), help="folder; models in it are used again")
     study.add_argument("--identities", type=int, metavar="N", help="people (default 9, or all albums)")

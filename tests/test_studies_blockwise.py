@@ -274,7 +274,8 @@ def test_conflicts_are_measured_group_by_group(measured) -> None:
 def test_photographs_have_no_drawings_to_learn_a_style_from(tmp_path) -> None:
     album = lab.write_album(lab.Person("Ann", 1), tmp_path / "ann", 3, 1, 128)
     cohort = Cohort(tmp_path / "out", 1, 1, 2, 3, 1, QUICK, progress=False, albums=(album,))
-    for study in ("B1", "B2"):
+    assert {"B1_sketch", "B1_palette", "B2_sketch", "B2_palette"} < set(ALL)
+    for study in ("B1", "B2", "B1_sketch"):
         with pytest.raises(ConvloraError, match=f"{study} learns its styles from drawings.*leave the albums away"):
             ALL[study](cohort, EFFORT)
     with pytest.raises(ConvloraError, match="no style 'oil'"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+from convlora.integrations.eg3d.lab.styles import STYLES
 from convlora.integrations.eg3d.studies.ablations import table_5, table_6
-from convlora.integrations.eg3d.studies.blockwise import block_wise, conflicts
+from convlora.integrations.eg3d.studies.blockwise import STYLE, block_wise, conflicts
 from convlora.integrations.eg3d.studies.cohort import Cohort as Cohort
 from convlora.integrations.eg3d.studies.decomposition import figure_11
 from convlora.integrations.eg3d.studies.editing import table_4
@@ -36,4 +38,12 @@ COMPANIONS: dict[str, Study] = {
     "P1": methods, "P2": single_photo, "P3": combined,
 }  # fmt: skip
 
-ALL = STUDIES | COMPANIONS
+#: B1 and B2 of the lab's other styles, such as "B1_sketch".
+OTHER_STYLES: dict[str, Study] = {
+    f"{name}_{style}": partial(study, style=style)
+    for name, study in (("B1", block_wise), ("B2", conflicts))
+    for style in STYLES
+    if style != STYLE
+}
+
+ALL = STUDIES | COMPANIONS | OTHER_STYLES
