@@ -229,8 +229,8 @@ class Cohort:
         elsewhere = self._known(results, effort)
         for subject in self.subjects:
             path = self.folder(subject) / "values" / f"{results.name}.json"
-            known = _read_values(path, effort, results.facts) or elsewhere.get(subject.who)
-            elsewhere.pop(subject.who, None)
+            published = elsewhere.pop(subject.who, None)
+            known = _read_values(path, effort, results.facts) or published
             if known is not None:
                 results.values += known
                 continue
