@@ -168,9 +168,7 @@ class _Judge:
             self.truth = true_views(params, traits, self.cameras.cpu(), *side, cohort.species)
             self.shown.append(("the person, turned", self.truth.images[0]))
 
-    def on_the_way(
-        self, results: Results, label: str, model: TriPlaneGenerator, anchors: Anchors, step: int
-    ) -> None:
+    def on_the_way(self, results: Results, label: str, model: TriPlaneGenerator, anchors: Anchors, step: int) -> None:
         """Measure a model while it is tuned, if a mark is reached."""
         if step in MARKS and step < results.facts["slow"]:
             self.add(results, f"{label}, after {step}", model, anchors)
