@@ -153,7 +153,7 @@ def test_people_in_published_results_are_not_measured_again_unless_settings_diff
     monkeypatch.setattr(Cohort, "subjects", people[1:])
     assert measured() == ([], [0.5, 0.25]), "who is known counts, asked for or not"
     assert found_by[-1].json()["facts"]["extends"] == {"command": "convlora eg3d study T0"}
-    with pytest.raises(ConvloraError, match="holds study T0 of other settings"):
+    with pytest.raises(ConvloraError, match="holds study T0 of other settings: {'photos': 50}, not {'photos': 7}"):
         measured(photos=7)
 
 

@@ -177,7 +177,7 @@ def tune(
     cameras = photos.labels if anchors.labels is None else anchors.labels
     micro = part_of(batch_size, accumulate)
     if look_every < 1 or look_every % EVERY:
-        raise ConvloraError(f"look_every={look_every} must be a multiple of {EVERY}")
+        raise ConvloraError(f"look_every={look_every} must be at least {EVERY} and a multiple of {EVERY}")
     plateau = None if patience is None else _plateau(held_out, patience, device)
     images, labels, w = photos.images.to(device), cameras.to(device), anchors.w.to(device)
     masks = None if photos.masks is None else photos.masks.to(device)

@@ -253,10 +253,12 @@ class Cohort:
         before = Results.read(self.known, study)
         told = {"effort": str(effort), "settings": json.loads(json.dumps(self.record)), **results.facts}
         for what, ours in told.items():
-            if before.facts.get(what) != ours:
-                raise ConvloraError(
-                    f"{self.known} holds study {study} of other {what}: {before.facts.get(what)}, not {ours}"
-                )
+            theirs = before.facts.get(what)
+            if theirs != ours:
+                if isinstance(theirs, dict) and isinstance(ours, dict):  # what differs alone
+                    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+                    theirs, ours = ({name: told.get(name) for name in names} for told in (theirs, ours))
+                raise ConvloraError(f"{self.known} holds study {study} of other {what}: {theirs}, not {ours}")
         results.extends = {name: before.facts[name] for name in _ORIGIN if name in before.facts}
         found: dict[tuple[str, int], list[Value]] = {}
         for value in before.values:
@@ -455,7 +457,7 @@ def _read_values(path: Path, effort: Effort, facts: Mapping[str, Any]) -> list[V
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    told = {"effort": asdict(effort), "facts": facts}
-    if {"facts": {}, **record, "values": None} != {**json.loads(json.dumps(told)), "values": None}:
+    asked = json.loads(json.dumps({"effort": asdict(effort), "facts": facts}))
+    if record["effort"] != asked["effort"] or record.get("facts", {}) != asked["facts"]:
         return None
     return [Value(*value) for value in record["values"]]
