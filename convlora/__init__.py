@@ -15,6 +15,7 @@ from convlora.adapter import Adapter as Adapter
 from convlora.analysis import conflict as conflict
 from convlora.analysis import weight_change as weight_change
 from convlora.compose import compose as compose
+from convlora.cpu import prepare_cpu as prepare_cpu
 from convlora.errors import ConvloraError as ConvloraError
 from convlora.extract import extract as extract
 from convlora.inject import inject as inject
@@ -38,6 +39,7 @@ __all__ = [
     "inject",
     "inject_lora",
     "load_adapter",
+    "prepare_cpu",
     "register_layer",
     "weight_change",
 ]

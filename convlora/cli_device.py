@@ -22,10 +22,11 @@ def prepare_device(name: str) -> None:
     """
     import torch
 
+    from convlora.cpu import prepare_cpu
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ConvloraError(f"--device {name}: not usable here ({first}); cpu always is") from None
-    # Behind an opaque surface transmittances are denormal numbers; a fifth of a CPU step goes into them.
-    torch.set_flush_denormal(True)
+    prepare_cpu()  # behind an opaque surface, transmittances are denormal numbers: a fifth of a CPU step

@@ -15,6 +15,7 @@ TASKS = """
 import json, resource, sys, time
 from functools import partial
 import torch
+from convlora.cpu import prepare_cpu
 from convlora.integrations import eg3d
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
@@ -32,7 +33,7 @@ from convlora.integrations.eg3d.tasks.views import render_views
 
 device, out = sys.argv[1:]
 torch.manual_seed(0)
-torch.set_flush_denormal(True)  # as the program does
+prepare_cpu()  # as the program does
 G = eg3d.TriPlaneGenerator(**eg3d.CONFIGS["ffhqrebalanced512-128"]).eval().requires_grad_(False).to(device)
 for p in inject_personal(G).parameters():
     p.requires_grad_(False)

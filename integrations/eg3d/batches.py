@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from convlora import files
+from convlora.cpu import kept_memory
 from convlora.errors import ConvloraError, FileError
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.metrics.loading import described
@@ -174,7 +175,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not told.is_file():
         return None
     lines = dict(line.split(":", 1) for line in told.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    return int(lines["MemAvailable"].split()[0]) * 1024 + kept_memory() if "MemAvailable" in lines else None
 
 
 def fit_in_batches(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from convlora.cpu import prepare_cpu
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, metavar="N")
     parser.add_argument("--out", type=Path, help="write every photo's errors here as JSON")
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     G = load_generator("lab").requires_grad_(False)
     photos, truth = prepared(options.photos, G.img_resolution)
     measured = measure(G, photos, truth, options.refine, options.steps)

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convlora import files
+from convlora.cpu import prepare_cpu
 from convlora.integrations.eg3d import cameras
 from convlora.integrations.eg3d.album import Photos
 from convlora.integrations.eg3d.anchors import find_anchors
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path, default=shipped(), help="where the weights go if they help")
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     G = load_generator("lab").requires_grad_(False)
     networks = lab_networks()
     settings = {name: getattr(options, name) for name in ("inverted", "inversion_steps")}

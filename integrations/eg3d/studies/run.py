@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from convlora.cpu import prepare_cpu
 from convlora.errors import ConvloraError
 from convlora.integrations.eg3d.studies import ALL
 from convlora.integrations.eg3d.studies.cohort import Cohort
@@ -59,7 +60,7 @@ def _side_by_side(names: Sequence[str], cohort: Cohort, effort: Effort, jobs: in
 
 def _start(threads: int) -> None:
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    prepare_cpu()
 
 
 def _measure(names: Sequence[str], cohort: Cohort, effort: Effort) -> None:
