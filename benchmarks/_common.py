@@ -36,6 +36,8 @@ def arguments(doc: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
     clocks = "wall (default), or cpu: this process's own time on all cores, for a machine that others use too"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clocks)
+    fresh = "on the CPU, without convlora.prepare_cpu: tensors get fresh memory and denormal numbers stay"
+    parser.add_argument("--fresh-memory", action="store_true", help=fresh)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
     return parser
 
@@ -53,9 +55,10 @@ def cases(options: argparse.Namespace) -> Iterable[tuple[str, int, int]]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Threads, seed and the clock of `seconds`. Denormal numbers, a hundred times slower on a CPU, become 0."""
+    """Threads, seed, the clock of `seconds`, and what `convlora.prepare_cpu` sets, for all variants alike."""
     torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)
+    if not options.fresh_memory:
+        convlora.prepare_cpu()
     torch.manual_seed(0)
     global _clock
     _clock = time.process_time if options.clock == "cpu" else time.perf_counter
@@ -117,10 +120,14 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, reference: str) -> fl
 
 
 class Counts(NamedTuple):
-    """Multiplications of convolutions and matrix products, and the bytes that all operations read and write."""
+    """Multiplications of convolutions and matrix products; bytes that all operations read and write, and their number.
+
+    Each operation is at least one kernel on a GPU, where a small one costs what it takes to start it.
+    """
 
     multiplications: int
     bytes: int
+    calls: int
 
 
 class _Counter(TorchDispatchMode):
@@ -130,11 +137,13 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.multiplications = 0
         self.bytes = 0
+        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket not in _MOVES_NOTHING:
             self.bytes += sum(map(_bytes, _tensors(args))) + sum(map(_bytes, _tensors(out)))
+            self.calls += 1
             self.multiplications += _multiplications(func.overloadpacket, args, out)
         return out
 
@@ -177,7 +186,7 @@ def _of_convolution(grid: torch.Tensor, weight: torch.Tensor) -> int:
 def count(action: Action) -> Counts:
     with _Counter() as counter:
         action()
-    return Counts(counter.multiplications, counter.bytes)
+    return Counts(counter.multiplications, counter.bytes, counter.calls)
 
 
 def multiplication_rate(device: str, side: int = 1024, rounds: int = 5) -> float:
@@ -206,6 +215,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "clock": options.clock,
+        "fresh_memory": options.fresh_memory,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "convlora": convlora.__version__,
@@ -233,7 +243,8 @@ def heading(told: Mapping[str, Any]) -> None:
     """The line above a table."""
     where = told["device"] if told["device"] != "cpu" else f"{told['cpu']}, {told['threads']} threads"
     clock = "" if told["clock"] == "wall" else ", CPU time"
-    print(f"torch {told['torch']}, {where}; {told['rounds']} rounds{clock}, {told['date']}", flush=True)
+    memory = ", fresh memory" if told["fresh_memory"] else ""
+    print(f"torch {told['torch']}, {where}; {told['rounds']} rounds{clock}{memory}, {told['date']}", flush=True)
 
 
 def header(columns: Mapping[str, int]) -> None:

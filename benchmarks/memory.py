@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = bench.arguments(__doc__, rounds=1)
     bench.add_cases(parser, CASES, DEFAULT)
     parser.add_argument("--one", nargs=4, metavar=("NETWORK", "VARIANT", "BATCH", "RANK"), help=argparse.SUPPRESS)
+    parser.set_defaults(fresh_memory=True)  # what was kept of the model's making would not grow
     options = parser.parse_args(argv)
     bench.prepare(options)
     if options.one:

@@ -12,9 +12,10 @@ LoRA of rank r: 2 M, and for the factors N·positions·r·(i·k² + o) twice: 4 
 grad_y twice; and r·o·i·k² with two passes over the weight, in either direction, where the weights are summed.
 For o = i = 512, k = 3, r = 1 that is 0.2 % of M: the rest of the distance to frozen is bytes and calls.
 
-"× count", "× bytes" and "× count of full" are those ratios for the operations that really ran: multiplications of
-convolutions (the FIR filters' included) and matrix products, and bytes that all operations read and write, if each
-reads its tensors once. A step far above both spends its time on something else.
+"× count", "× bytes", "× calls" and "× count of full" are those ratios for the operations that really ran:
+multiplications of convolutions (the FIR filters' included) and matrix products, bytes that all operations read and
+write, if each reads its tensors once, and the operations themselves. A step far above all of them spends its time on
+something else.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from _cases import NETWORKS, VARIANTS, step, trainables
 DEFAULT = ("eg3d", "stylegan2-256", "dcgan")
 COLUMNS = {
     "network": -14, "batch": 5, "rank": 4, "variant": -12, "ms": 9, "× frozen": 8, "× count": 8, "× bytes": 8,
-    "× full": 8, "× count of full": 15,
+    "× calls": 8, "× full": 8, "× count of full": 15,
 }  # fmt: skip
 
 
@@ -49,10 +50,11 @@ def measure(name: str, batch: int, rank: int, rounds: int, device: str) -> list[
             row[f"of_{reference}"] = bench.ratio(times, variant, reference)
             row[f"of_{reference}_by_count"] = own.multiplications / its.multiplications
             row[f"of_{reference}_by_bytes"] = own.bytes / its.bytes
+            row[f"of_{reference}_by_calls"] = own.calls / its.calls
         rows.append(row)
         bench.line(
             [name, batch, rank, variant, row["ms"], row["of_frozen"], row["of_frozen_by_count"],
-             row["of_frozen_by_bytes"], row["of_full"], row["of_full_by_count"]], COLUMNS,
+             row["of_frozen_by_bytes"], row["of_frozen_by_calls"], row["of_full"], row["of_full_by_count"]], COLUMNS,
         )  # fmt: skip
     return rows
 

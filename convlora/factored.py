@@ -6,8 +6,8 @@ The forward is one convolution. Its backward needs the gradient of the input, as
 
     grad_left = Σ grad_y · h        grad_right = the weight gradient of x against g
 
-so the `out × cols` gradient of the weight never exists, and x is all that is kept of the forward. Everything here is
-made of differentiable operations: double backward, `torch.func` and `torch.compile` see through it.
+so no convolution makes the `out × cols` gradient of the weight, and x is all that is kept of the forward. Everything
+here is made of differentiable operations: double backward, `torch.func` and `torch.compile` see through it.
 
 Factors with a batch dimension are a change for each sample (`convlora.per_sample`).
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora import per_sample
-from convlora.geometry import Geometry, narrow, narrow_gradient, widen
+from convlora.geometry import Geometry, narrow, narrow_gradient, over_samples, widen
 
 
 class LowRankWeight(NamedTuple):
@@ -31,6 +31,7 @@ class LowRankWeight(NamedTuple):
     base: Tensor
     left: Tensor  # (out, r), or (N, out, r): another change for each sample of a batch of N
     right: Tensor  # (r, cols), or (N, r, cols)
+    whole: Tensor | None = None  # what `summed` made
 
     @property
     def differs(self) -> bool:
@@ -39,17 +40,29 @@ class LowRankWeight(NamedTuple):
 
     def dense(self) -> Tensor:
         """Added in the factors' precision, in base's memory format; of a change for each sample, (N, *base.shape)."""
-        base, left, right = self
+        base, left, right, _ = self
         if self.differs:
             return (base + (left @ right).unflatten(-1, base.shape[1:])).to(base.dtype)
         if not base.is_contiguous():
             return (base + (left @ right).view_as(base)).to(base.dtype)
         return torch.addmm(base.flatten(1).to(left.dtype), left, right).view_as(base).to(base.dtype)
 
+    def summed(self) -> LowRankWeight:
+        """The same, knowing its sum for whoever computes forward with it more than once."""
+        with torch.no_grad():
+            return self._replace(whole=self.dense())
+
+
+def power(weight: LowRankWeight) -> Tensor:
+    """Sums of squares over a convolution's positions, (out, in/groups), with a backward through the factors."""
+    if weight.base.requires_grad:
+        return _power(weight.dense())
+    return _Power.apply(*weight)
+
 
 def linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
     """`x @ (base + left @ right)ᵀ + bias`, x (..., in)."""
-    base, left, right = weight
+    base, left, right, _ = weight
     if weight.differs:
         return per_sample.linear(x, base, left, right, bias)
     if base.requires_grad:
@@ -57,29 +70,29 @@ def linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tens
     rows = x.numel() // x.shape[-1]
     if rows * sum(base.shape) <= _PASSES * base.numel():
         return F.linear(x, base, bias) + F.linear(F.linear(x, right), left)
-    return _run(_Linear, x, weight, bias)
+    return _run(_Linear, x, *weight[:3], bias)
 
 
 def convolve(x: Tensor, weight: LowRankWeight, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`torch.convolution` of x `(N, in, ...)`, grouped or transposed too; `bias (out,)` may be trained."""
     if weight.differs:
-        return per_sample.convolve(x, *weight, bias, geometry)
+        return per_sample.convolve(x, *weight[:3], bias, geometry)
     if weight.base.requires_grad:
         return geometry.convolve(x, weight.dense(), bias)
     if x.ndim == 3:  # one dimension is two of which one has size 1
         flat = LowRankWeight(weight.base.unsqueeze(2), weight.left, weight.right)
-        return _run(_Convolution, x.unsqueeze(2), flat, bias, geometry.with_a_row()).squeeze(2)
-    return _run(_Convolution, x, weight, bias, geometry)
+        return _run(_Convolution, x.unsqueeze(2), *flat, bias, geometry.with_a_row()).squeeze(2)
+    return _run(_Convolution, x, *weight, bias, geometry)
 
 
-def _run(function: type[torch.autograd.Function], x: Tensor, weight: LowRankWeight, *rest: Any) -> Tensor:
+def _run(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
     """Apply in autocast's precision, with the sum of the weights in their own."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return function.apply(x, *weight, *rest)
+        return function.apply(x, *rest)
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return function.apply(x.to(dtype), *weight, *rest)
+        return function.apply(x.to(dtype), *rest)
 
 
 # A sum of weights passes over them about this often, where adding at the output passes over that once.
@@ -123,11 +136,19 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, base: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, geometry: Geometry
+        x: Tensor,
+        base: Tensor,
+        left: Tensor,
+        right: Tensor,
+        whole: Tensor | None,
+        bias: Tensor | None,
+        geometry: Geometry,
     ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
-        if _sums(x, base, geometry):
-            return geometry.convolve(x, LowRankWeight(base, left, right).dense().to(x.dtype), bias)
+        if whole is None and _sums(x, base, geometry):
+            whole = LowRankWeight(base, left, right).dense()
+        if whole is not None:
+            return geometry.convolve(x, whole.to(x.dtype), bias)
         y = geometry.convolve(x, base.to(x.dtype), bias)
         near, filters = _typed(left, right, base, x.dtype)
         if geometry.left_on_output:
@@ -137,14 +158,14 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.geometry = inputs[5]
+        ctx.geometry = inputs[6]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, base, left, right = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         grad_y = grads[0]
-        need_x, _, need_left, need_right, need_bias, _ = ctx.needs_input_grad
+        need_x, _, need_left, need_right, _, need_bias, _ = ctx.needs_input_grad
         near, filters = _typed(left, right, base, x.dtype)
         groups, sums, on_output = geometry.groups, _sums(x, base, geometry), geometry.left_on_output
         wide, other = (x, grad_y) if on_output else (grad_y, x)
@@ -162,7 +183,33 @@ class _Convolution(torch.autograd.Function):
             g = _project(other, near, groups)
             grad_right = narrow_gradient(g, wide, filters, geometry).flatten(1).to(right.dtype) if need_right else None
             grad_x = grad_x + widen(g, filters, x.shape[2:], geometry) if widens else grad_x
-        return grad_x, None, grad_left, grad_right, grad_y.sum((0, *range(2, grad_y.ndim))) if need_bias else None, None
+        grad_bias = grad_y.sum((0, *range(2, grad_y.ndim))) if need_bias else None
+        return grad_x, None, grad_left, grad_right, None, grad_bias, None
+
+
+class _Power(torch.autograd.Function):
+    """Of the summed weights. What goes back to them, `2·grad·weight`, costs no convolution and meets the factors."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(base: Tensor, left: Tensor, right: Tensor, whole: Tensor | None) -> Tensor:
+        return _power(LowRankWeight(base, left, right).dense() if whole is None else whole)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        base, left, right = ctx.saved_tensors
+        whole = LowRankWeight(base, left, right).dense()
+        back = (whole.flatten(2) * (2 * grads[0]).to(whole.dtype).unsqueeze(-1)).flatten(1).to(left.dtype)
+        return None, back @ right.mT, left.mT @ back, None
+
+
+def _power(weight: Tensor) -> Tensor:
+    return weight.square().sum(dim=tuple(range(2, weight.ndim)))
 
 
 def _sums(x: Tensor, base: Tensor, geometry: Geometry) -> bool:
@@ -208,4 +255,4 @@ def _paired(other: Tensor, h: Tensor, groups: int) -> Tensor:
     """Σ over samples and positions of other · h: the gradient of `left`, (G·o, r)."""
     N, _, *grid = other.shape
     products = other.reshape(N, groups, -1, prod(grid)) @ h.reshape(N, groups, -1, prod(grid)).mT
-    return products.sum(0).flatten(0, 1)
+    return over_samples(products).flatten(0, 1)

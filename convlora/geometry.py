@@ -108,7 +108,7 @@ def narrow_gradient(g: Tensor, wide: Tensor, filters: Tensor, geometry: Geometry
         grad_y, x = (g, wide) if geometry.left_on_output else (wide, g)
         return geometry._replace(groups=1).weight_gradient(grad_y, x, filters)
     columns = _columns(g, filters, wide.shape[2:], geometry)
-    values = (columns @ wide.flatten(2).mT).sum(0).view(len(filters), *filters.shape[2:], -1).movedim(-1, 1)
+    values = over_samples(columns @ wide.flatten(2).mT).view(len(filters), *filters.shape[2:], -1).movedim(-1, 1)
     return values if geometry.swapped else values.flip(2, 3)
 
 
@@ -174,6 +174,11 @@ def _columns(g: Tensor, filters: Tensor, grid: Sequence[int], geometry: Geometry
         g = g.new_zeros(*g.shape[:2], *_unstrided(filters, grid, geometry))
         g[..., :: geometry.stride[0], :: geometry.stride[1]] = strided
     return F.unfold(g, **shifts)
+
+
+def over_samples(values: Tensor) -> Tensor:
+    """The sum over the first dimension, which for a single sample needs no pass."""
+    return values[0] if len(values) == 1 else values.sum(0)
 
 
 def groups_to_batch(x: Tensor, geometry: Geometry) -> Tensor:

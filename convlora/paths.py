@@ -41,8 +41,8 @@ def forward_for(
 def explain(model: nn.Module) -> list[LayerPath]:
     """Print, and return, how each adapted layer computes and why: one row per layer and adapter.
 
-    On the "low_rank" path, no gradient of the weight's size exists; "weight" forms `W₀ + ΔW` and differentiates
-    through it; a "merged" layer is a plain one. Raises `ConvloraError` if the model has no adapter.
+    On the "low_rank" path, no convolution makes a gradient of the weight's size; "weight" forms `W₀ + ΔW` and
+    differentiates through it; a "merged" layer is a plain one. Raises `ConvloraError` if the model has no adapter.
     """
     rows = []
     for name in Adapter.names(model):

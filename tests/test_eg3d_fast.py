@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 
 import pytest
 import torch
 from test_eg3d_generator import FIXED, inputs, tiny
 from tiny import tiny_generator, tiny_photos
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convlora
 from convlora.cli import main
@@ -355,6 +357,41 @@ def test_a_batch_fits_the_free_memory(monkeypatch):
     small, large = tiny_generator(), tiny_generator()
     large.neural_rendering_resolution = 32
     assert bytes_kept(large) > 1.3 * bytes_kept(small) > 10**6
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a GPU. Adam's counters of steps, which it reads, are not on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
+        if waits and not any("/optim/" in frame.filename for frame in traceback.extract_stack()):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_do_not_wait_for_the_device():
+    """Losses are read every tenth step and at the end: steps between these read nothing."""
+    G, photos = tiny_generator(), tiny_photos(4)
+    anchors = find_anchors(G, photos, 2, batch_size=4, progress=False)
+    adapter = inject_personal(G)
+
+    def tuned(steps):
+        tune(G, photos, anchors, [{"params": adapter.parameters()}], steps=steps, batch_size=2, progress=False)
+
+    def inverted(steps):
+        find_anchors(G, photos, steps, batch_size=4, progress=False)
+
+    for run in (tuned, inverted):
+        counts = []
+        for steps in (11, 19):
+            with HostReads() as reads:
+                run(steps)
+            counts.append(reads.count)
+        assert counts[0] == counts[1] < 30, (run.__name__, counts)
 
 
 # ---- what is constant while weights are tuned ----------------------------------------------------------------------

@@ -95,6 +95,43 @@ def test_gradients_of_gradients(name, skinny, sums, monkeypatch):
     assert torch.autograd.gradgradcheck(apply, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("summed", [True, False])
+def test_power_is_that_of_the_whole_weight(summed):
+    base, (_, left, right, _) = case(KINDS["plain"])
+
+    def found(left, right):
+        weight = LowRankWeight(base, left, right)
+        return factored.power(weight.summed() if summed else weight)
+
+    def expected(left, right):
+        return (base + (left @ right).view_as(base)).square().sum((2, 3))
+
+    torch.testing.assert_close(found(left, right), expected(left, right))
+    grads = [torch.autograd.grad(f(left, right).sin().sum(), [left, right]) for f in (found, expected)]
+    torch.testing.assert_close(*grads)
+    assert torch.autograd.gradgradcheck(found, [left, right])
+    lefts, rights = torch.stack([left, 2 * left]).detach(), torch.stack([right, -right]).detach()
+    together = torch.func.vmap(torch.func.jacrev(found))(lefts, rights)
+    each = [torch.func.jacrev(expected)(l, r) for l, r in zip(lefts, rights)]
+    torch.testing.assert_close(together, torch.stack(each))
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["its sum is known", "not yet"])
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_sum_that_is_known_changes_nothing(name, sums, knows, monkeypatch):
+    monkeypatch.setattr(factored, "_PASSES", 0 if sums else 1e9)
+    base, inputs = case(KINDS[name])
+    x, left, right, bias = inputs
+    weight = LowRankWeight(base, left, right)
+    y = factored.convolve(x, weight.summed() if knows else weight, bias, KINDS[name])
+    expected = reference(x, base, left, right, bias, KINDS[name])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs)
+    )
+
+
 @pytest.mark.parametrize("rows", [2, 200], ids=["added at the output", "weights summed"])
 def test_linear_maps(rows):
     base, left, right = torch.randn(9, 7).double(), torch.randn(9, 2).double(), torch.randn(2, 7).double()

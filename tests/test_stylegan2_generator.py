@@ -76,6 +76,24 @@ def test_fused_and_unfused_agree_with_gradients(up, demodulate):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_small_kernel_without_demodulation_is_a_product(memory_format):
+    """ToRGB's, with gradients of gradients, in x's memory format."""
+    made = [torch.randn(s, dtype=torch.float64) for s in ((3, 4, 6, 5), (2, 4, 1, 1), (3, 4))]
+    inputs = [made[0].to(memory_format=memory_format).requires_grad_(), *(t.requires_grad_() for t in made[1:])]
+    x, weight, styles = inputs
+    y = ops.modulated_conv2d(x, weight, styles, demodulate=False)
+    expected = torch.einsum("nihw,oi,ni->nohw", x, weight[:, :, 0, 0], styles)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous(memory_format=memory_format)
+    found, wanted = (torch.autograd.grad(out.sin().sum(), inputs) for out in (y, expected))
+    torch.testing.assert_close(found, wanted)
+    assert found[0].is_contiguous(memory_format=memory_format)
+    assert torch.autograd.gradgradcheck(
+        lambda *given: ops.modulated_conv2d(*given, demodulate=False), inputs, fast_mode=True
+    )
+
+
 def test_gradients_are_right():
     torch.manual_seed(0)
     f = ops.setup_filter([1, 3, 3, 1])

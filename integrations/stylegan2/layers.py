@@ -30,6 +30,8 @@ NOISE_MODES = ("random", "const", "none")
 
 
 def _scaled(weight: Tensor | LowRankWeight, gain: float, dtype: torch.dtype) -> Tensor | LowRankWeight:
+    if gain == 1:
+        return weight._replace(base=weight.base.to(dtype)) if isinstance(weight, LowRankWeight) else weight.to(dtype)
     if isinstance(weight, LowRankWeight):
         return LowRankWeight((weight.base * gain).to(dtype), weight.left * gain, weight.right)
     return (weight * gain).to(dtype)
@@ -62,8 +64,11 @@ class FullyConnectedLayer(nn.Module):
 
     def forward_with(self, weight: Tensor | LowRankWeight, x: Tensor) -> Tensor:
         """The forward with a given weight, which may stay factored."""
-        bias = None if self.bias is None else self.bias.to(x.dtype) * self.bias_gain
-        weight = _scaled(weight, self.weight_gain, x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if bias is not None and self.bias_gain != 1:
+            bias = bias * self.bias_gain
+        x = x * self.weight_gain  # rather than the weights, which are more
+        weight = _scaled(weight, 1, x.dtype)
         product: Callable[..., Tensor] = linear if isinstance(weight, LowRankWeight) else F.linear
         if self.activation == "linear":
             return product(x, weight, bias)

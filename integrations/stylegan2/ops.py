@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora.errors import ConvloraError
-from convlora.factored import Geometry, LowRankWeight, convolve
+from convlora.factored import Geometry, LowRankWeight, convolve, power
 
 SQRT2 = math.sqrt(2)
 
@@ -92,7 +92,8 @@ def bias_act(
     x = x if gain == early else x * gain
     if clamp is None:
         return x
-    return x.clamp_(-clamp, clamp) if overwrite and not differentiable(x) else x.clamp(-clamp, clamp)
+    # Unlike clamp's, hardtanh's backward is a single pass.
+    return F.hardtanh(x, -clamp, clamp, inplace=overwrite and not differentiable(x))
 
 
 def differentiable(*tensors: Tensor) -> bool:
@@ -274,7 +275,7 @@ def _flipped(w: Tensor | LowRankWeight) -> Tensor | LowRankWeight:
     """The kernel turned by 180 degrees."""
     if not isinstance(w, LowRankWeight):
         return w.flip([2, 3])
-    base, left, right = w
+    base, left, right, _ = w
     return LowRankWeight(base.flip([2, 3]), left, right.unflatten(-1, base.shape[1:]).flip([-2, -1]).flatten(-3))
 
 
@@ -318,21 +319,20 @@ def conv2d_resample(
         pad = _around(pad, _grow(fw, up), _grow(fh, up))
     if down > 1:
         pad = _around(pad, _shrink(fw, down), _shrink(fh, down))
-    stored = w
-    if not flip_weight and (kh, kw) != (1, 1):
-        w = _flipped(w)
+    flip = not flip_weight and (kh, kw) != (1, 1)
 
     if up > 1 and (kh, kw) == (1, 1) and down == 1:  # the 1x1 kernel commutes with the filter: small grid first
         x = _convolve(x, w, groups)
         return upfirdn2d(x, f, up=up, padding=pad, flip_filter=flip_filter, gain=up**2)
     if up > 1:  # a transposed convolution is a true one on the zero-inserted grid; the filter follows it
-        kernel = stored if not flip_weight else _flipped(stored)
+        kernel = w if not flip_weight else _flipped(w)
         x0, x1, y0, y1 = _around(pad, (1 - kw, up - kw), (1 - kh, up - kh))
         crop_x, crop_y = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
         x = _convolve_transposed(x, kernel, groups, up, (crop_y, crop_x))
         pad = _around((x0, x1, y0, y1), (crop_x, crop_x), (crop_y, crop_y))
         x = upfirdn2d(x, f, padding=pad, flip_filter=flip_filter, gain=up**2)
         return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter)
+    w = _flipped(w) if flip else w
     if down > 1 and (kh, kw) == (1, 1):
         return _convolve(upfirdn2d(x, f, down=down, padding=pad, flip_filter=flip_filter), w, groups)
     if down > 1:
@@ -344,19 +344,19 @@ def conv2d_resample(
 
 def demodulation(weight: Tensor | LowRankWeight, styles: Tensor) -> Tensor:
     """Factors (N, out) that bring the outputs back to unit variance, without a weight per sample."""
-    if isinstance(weight, LowRankWeight):
-        return (_low_rank_energy(weight, styles).clamp(min=0) + 1e-8).rsqrt()
-    energy = weight.square().sum(dim=(2, 3))
+    if isinstance(weight, LowRankWeight) and weight.differs:
+        return (_energy_of_each(weight, styles).clamp(min=0) + 1e-8).rsqrt()
+    energy = power(weight) if isinstance(weight, LowRankWeight) else weight.square().sum(dim=(2, 3))
     return (styles.to(energy.dtype).square() @ energy.t() + 1e-8).rsqrt()
 
 
-def _low_rank_energy(weight: LowRankWeight, styles: Tensor) -> Tensor:
-    """The styled weights' sums of squares (N, out), from the factors.
+def _energy_of_each(weight: LowRankWeight, styles: Tensor) -> Tensor:
+    """The styled weights' sums of squares (N, out), of a change for each sample.
 
     ||s∘(w + l·r)||² = ||s∘w||² + 2 l·⟨w, s²∘r⟩ + l·⟨r, s²∘r⟩·l for the row w of the base, l of left and all rows r of
-    right: products with the frozen base alone, of N·r columns, so that no gradient has the weight's size.
+    right: products with the one base, of N·r columns, and no weight for each sample.
     """
-    base, left, right = weight
+    base, left, right, _ = weight
     squares = styles.to(base.dtype).square()
     filters = squares[:, None, :, None] * right.unflatten(-1, (base.shape[1], -1))  # (N, r, in, kh kw)
     filters = filters.flatten(2)
@@ -384,6 +384,45 @@ def _largest(weight: Tensor) -> Tensor:
     return largest if weight.ndim == 4 else largest.amax(0)
 
 
+def _size(weight: Tensor | LowRankWeight) -> torch.Size:
+    return (weight.base if isinstance(weight, LowRankWeight) else weight).shape
+
+
+def _mixed(x: Tensor, weight: Tensor | LowRankWeight, styles: Tensor) -> Tensor:
+    """A modulated 1x1 convolution without demodulation, in x's memory format.
+
+    Where few channels come out, multiplying x by its styles, and their gradient, would cost more than the product.
+    """
+    if isinstance(weight, LowRankWeight):
+        with full_precision(x.device):
+            weight = weight.dense()
+    kernels = (weight.flatten(-3) * styles[:, None]).to(x.dtype)  # (N, out, in)
+    if x.is_contiguous():
+        return (kernels @ x.flatten(2)).unflatten(2, x.shape[2:])
+    rows: Tensor = _Rows.apply(x.flatten(2).mT, kernels)
+    return rows.mT.unflatten(2, x.shape[2:])
+
+
+class _Rows(torch.autograd.Function):
+    """rows (N, P, in) @ kernels (N, out, in)ᵀ; autograd's own rowsᵀ @ grad takes four times as long on a CPU."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, kernels: Tensor) -> Tensor:
+        return rows @ kernels.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, kernels = ctx.saved_tensors
+        need_rows, need_kernels = ctx.needs_input_grad
+        return grads[0] @ kernels if need_rows else None, grads[0].mT @ rows if need_kernels else None
+
+
 def modulated_conv2d(
     x: Tensor,
     weight: Tensor | LowRankWeight,
@@ -402,13 +441,20 @@ def modulated_conv2d(
     x (N, in, H, W) -> (N, out, up H / down, up W / down), plus noise (broadcast over channels).
     fused_modconv=True builds one weight per sample and runs a grouped convolution; False scales x and the result
     around one convolution with the shared weight, which is equal and needs no per-sample weight. So does a
-    LowRankWeight in either case if autograd records: it stays factored, and no gradient has the weight's size. So
-    does one with a change for each sample (factors with a batch dimension).
+    LowRankWeight in either case if autograd records: it stays factored, and no convolution makes its gradient. So
+    does one with a change for each sample (factors with a batch dimension). A 1x1 kernel without demodulation, which
+    is ToRGB's, is a product with a small matrix of each sample in any case.
     """
-    if isinstance(weight, LowRankWeight) and fused_modconv and not (torch.is_grad_enabled() or weight.differs):
-        weight = weight.dense()
-    if x.dtype == torch.float16 and demodulate:
-        weight, styles = prenormalize(weight, styles)
+    if not demodulate and x.ndim == 4 and up == down == 1 and padding == 0 and _size(weight)[2:] == (1, 1):
+        y = _mixed(x, weight, styles)
+        return y if noise is None else y + noise.to(y.dtype)
+    with full_precision(x.device):
+        if isinstance(weight, LowRankWeight) and fused_modconv and not (torch.is_grad_enabled() or weight.differs):
+            weight = weight.dense()
+        if x.dtype == torch.float16 and demodulate:
+            weight, styles = prenormalize(weight, styles)
+        if isinstance(weight, LowRankWeight) and demodulate and not (weight.differs or weight.base.requires_grad):
+            weight = weight.summed()  # for the convolution and its demodulation
     if fused_modconv and not isinstance(weight, LowRankWeight):
         n, channels = x.shape[:2]
         per_sample = weight.unsqueeze(0) * styles[:, None, :, None, None]
@@ -426,9 +472,10 @@ def modulated_conv2d(
         shared = weight if isinstance(weight, LowRankWeight) else weight.to(x.dtype)
         x = conv2d_resample(x, shared, resample_filter, up, down, padding, 1, flip_weight)
         if demodulate:
-            factors = demodulation(weight, styles).to(x.dtype)[:, :, None, None]
-            x = x * factors if differentiable(x) else x.mul_(factors)
+            with full_precision(x.device):
+                factors = demodulation(weight, styles).to(x.dtype)[:, :, None, None]
+            x = x * factors if differentiable(x, factors) else x.mul_(factors)
     if noise is None:
         return x
-    noise = noise.to(x.dtype)
-    return x + noise if differentiable(x, noise) else x.add_(noise)
+    # x is made here, of operations whose gradients need their inputs; a compiler reuses memory by itself
+    return x + noise.to(x.dtype) if torch.compiler.is_compiling() else x.add_(noise.to(x.dtype))
