@@ -34,10 +34,11 @@ docs: .venv/.ready-docs
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-# Each file in benchmarks/ is a program; names that start with _ are shared code.
+# Each file in benchmarks/ is a program; names that start with _ are shared code. On a GPU: make bench DEVICE=cuda
+DEVICE ?= cpu
 bench: .venv/.ready
 	@for file in benchmarks/[!_]*.py; do \
-	  echo "== $$file"; $(BIN)/python "$$file" || exit 1; \
+	  echo "== $$file"; $(BIN)/python "$$file" --device $(DEVICE) || exit 1; \
 	done
 
 clean:

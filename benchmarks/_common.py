@@ -38,7 +38,8 @@ def arguments(doc: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clocks)
     fresh = "on the CPU, without convlora.prepare_cpu: tensors get fresh memory and denormal numbers stay"
     parser.add_argument("--fresh-memory", action="store_true", help=fresh)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
+    folder = "for JSON and plot (default benchmarks/results, on a GPU results/cuda in it)"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=folder)
     return parser
 
 
@@ -55,7 +56,9 @@ def cases(options: argparse.Namespace) -> Iterable[tuple[str, int, int]]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Threads, seed, the clock of `seconds`, and what `convlora.prepare_cpu` sets, for all variants alike."""
+    """Folder, threads, seed, the clock of `seconds`, and what `convlora.prepare_cpu` sets, for all variants alike."""
+    device = options.device.partition(":")[0]
+    options.out = options.out or Path(__file__).parent / "results" / ("" if device == "cpu" else device)
     torch.set_num_threads(options.threads)
     if not options.fresh_memory:
         convlora.prepare_cpu()

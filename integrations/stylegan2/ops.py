@@ -264,6 +264,10 @@ def downsample2d(
 # ---- convolution ---------------------------------------------------------------------------------------------------
 
 
+def _size(weight: Tensor | LowRankWeight) -> torch.Size:
+    return (weight.base if isinstance(weight, LowRankWeight) else weight).shape
+
+
 def _transposed_weight(w: Tensor, groups: int) -> Tensor:
     """(groups out, in, kh, kw) to the layout of conv_transpose2d, (groups in, out, kh, kw)."""
     if groups == 1:
@@ -312,7 +316,7 @@ def conv2d_resample(
     flip_weight=True correlates (what torch calls convolution), False is the true convolution of StyleGAN2's up-convs.
     The padding happens once, at the beginning, and is counted on the up-sampled grid.
     """
-    kh, kw = (w.base if isinstance(w, LowRankWeight) else w).shape[-2:]
+    kh, kw = _size(w)[-2:]
     fw, fh = _filter_size(f)
     pad = _padding4(padding)
     if up > 1:
@@ -384,10 +388,6 @@ def _largest(weight: Tensor) -> Tensor:
     return largest if weight.ndim == 4 else largest.amax(0)
 
 
-def _size(weight: Tensor | LowRankWeight) -> torch.Size:
-    return (weight.base if isinstance(weight, LowRankWeight) else weight).shape
-
-
 def _mixed(x: Tensor, weight: Tensor | LowRankWeight, styles: Tensor) -> Tensor:
     """A modulated 1x1 convolution without demodulation, in x's memory format.
 
@@ -445,7 +445,7 @@ def modulated_conv2d(
     does one with a change for each sample (factors with a batch dimension). A 1x1 kernel without demodulation, which
     is ToRGB's, is a product with a small matrix of each sample in any case.
     """
-    if not demodulate and x.ndim == 4 and up == down == 1 and padding == 0 and _size(weight)[2:] == (1, 1):
+    if not demodulate and up == down == 1 and padding == 0 and _size(weight)[2:] == (1, 1):
         y = _mixed(x, weight, styles)
         return y if noise is None else y + noise.to(y.dtype)
     with full_precision(x.device):
