@@ -153,9 +153,12 @@ def test_the_coarse_search_takes_each_photos_own_best():
     assert heavy.abs().max() == 0, "the prior holds it"
 
 
-@pytest.mark.parametrize("refine", ["rotation", pytest.param("full", marks=pytest.mark.slow)])
-def test_turned_cameras_are_found_again(refine):
-    """Photos that the generator drew itself, w nearly known: only the cameras are wrong."""
+@pytest.mark.parametrize(("refine", "steps"), [("rotation", 12), pytest.param("full", 40, marks=pytest.mark.slow)])
+def test_turned_cameras_are_found_again(refine, steps):
+    """Photos that the generator drew itself, w nearly known: only the cameras are wrong.
+
+    A turn and a shift look much alike, so finding both takes longer.
+    """
     G = eg3d.load_generator("lab").requires_grad_(False)
     labels = cameras.random_views(2, seed=2)
     w = G.mapping(torch.randn(2, G.z_dim), labels)[:, 0]
@@ -163,7 +166,7 @@ def test_turned_cameras_are_found_again(refine):
         images = reconstruct(G, w, labels, deterministic=True)["image"]
     wrong = corrected(labels, torch.deg2rad(torch.tensor([[4.0, -9.0, 3.0], [-4.0, 9.0, -3.0]])))
     found = find_anchors(
-        G, Photos(images, wrong, list("ab")), 12, init=w, lr=1e-3, refine_camera=refine, progress=False
+        G, Photos(images, wrong, list("ab")), steps, init=w, lr=1e-3, refine_camera=refine, progress=False
     )
     before, after = angle_errors(wrong, labels), angle_errors(found.labels, labels)
     assert before["direction"].min() > 9 and after["direction"].max() < 2 and after["roll"].abs().max() < 1
