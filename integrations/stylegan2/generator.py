@@ -43,6 +43,9 @@ IGNORED_OPTIONS = frozenset(
     }
 )
 
+# From this resolution on, a CPU convolves faster with channels last; below, that has it copy every weight first.
+_WIDE = 64
+
 
 def known_options(options: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
     """The options `owner` understands; silently drops IGNORED_OPTIONS, refuses anything else by name."""
@@ -217,7 +220,7 @@ class SynthesisBlock(nn.Module):
             raise ConvloraError(f"the block of resolution {self.resolution} continues another one and needs its x")
         if half:
             x = x.to(torch.float16)
-        if half or x.device.type == "cpu":  # where convolutions are fastest so
+        if half or (x.device.type == "cpu" and self.resolution >= _WIDE):
             x = x.contiguous(memory_format=torch.channels_last)
 
         if self.in_channels == 0:
