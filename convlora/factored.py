@@ -206,7 +206,7 @@ class _Power(torch.autograd.Function):
         base, left, right = ctx.saved_tensors
         whole = LowRankWeight(base, left, right).dense()
         back = (whole.flatten(2) * (2 * grads[0]).to(whole.dtype).unsqueeze(-1)).flatten(1).to(left.dtype)
-        return None, back @ right.mT, left.mT @ back, None
+        return None, (right @ back.mT).mT, left.mT @ back, None
 
 
 def _power(weight: Tensor) -> Tensor:
