@@ -15,7 +15,7 @@ def prepare_cpu() -> None:
     """Make this process compute faster on a CPU. The `convlora` program does so; in your own, call it first.
 
     Freed memory stays with the process, for the next tensors. By default, glibc gives large pieces back to the
-    system at once, which then clears every page of the next ones; at 512² a step of training spends up to 40 % of its
+    system at once, which then clears every page of the next ones; at 512² a step of training spends up to 44 % of its
     time so. The process holds on to the most it ever needed. Nothing is changed with another C library, or where the
     environment says how to allocate (`MALLOC_…`, `GLIBC_TUNABLES`, `LD_PRELOAD`).
 

@@ -18,7 +18,7 @@ from convlora.integrations.eg3d import images, lab
 out = Path(sys.argv[1])
 quick = "--quick" in sys.argv  # a few steps only, to try the script
 out.mkdir(parents=True)
-convlora.prepare_cpu()  # on a CPU, a training step at 512² takes half the time so; elsewhere it changes nothing
+convlora.prepare_cpu()  # on a CPU: freed memory is kept, with which a step at 512² is up to 1.8 times as fast
 
 # 1. A frozen, pretrained EG3D.
 G = eg3d.load_generator("lab").requires_grad_(False)  # (*)
