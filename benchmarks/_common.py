@@ -298,7 +298,8 @@ def plot(path: Path, bars: Mapping[str, float], what: str, title: str) -> bool:
     axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
     axes.axvline(1, color="#888888", linewidth=1)
     axes.invert_yaxis()
-    if bars and max(bars.values()) > 50 * min(bars.values()) > 0:
+    low, high = min(bars.values(), default=0), max(bars.values(), default=0)
+    if high > 50 * low > 0 and high > 1:  # shares of a whole stay as they are
         axes.set_xscale("log")
     axes.margins(x=0.1)
     axes.set_xlabel(what)
